@@ -1,0 +1,216 @@
+"""Every setting of a pretraining run, with its default and meaning.
+
+The defaults are the published recipe (MP-MAE; MMEarth-train commit 1f368b3) scaled to a laptop: its batch, length and
+data set are in `configs/mmearth64_atto.yaml`.  Resuming compares the fields that `FIXED_ON_RESUME` names.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmearth_ray import settings
+from mmearth_ray.errors import UsageError
+from mmearth_ray.modalities import DEFAULT_INPUT, TABLE, Kind, Level, Modality, get, tasks
+from mmearth_ray.settings import key, section
+
+EMBEDDED = "embedded"
+
+
+@dataclass(frozen=True)
+class Data:
+    shards: str = key(EMBEDDED, "directory of shards; 'embedded': the procedural Earth, written to data/embedded on first use")
+    where: str = key("split == 'train'", "which tiles to train on, over id split product date latitude longitude source")
+    validate_where: str = key("split == 'val'", "which tiles are held out for the validation loss")
+    statistics: str = key("manifest", "whose statistics normalise: manifest (of the shards), release, or a JSON file")
+    tiles_per_task: int = key(64, "tiles that one data task prepares at a time", at_least=1)
+    read_ahead: int = key(4, "batches kept ready for each worker", at_least=1)
+
+
+@dataclass(frozen=True)
+class Model:
+    size: str = key(
+        "atto", "encoder size", among=("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
+    )  # rows of encoder.SIZES
+    image_size: int = key(56, "side of the crop that the model sees, px", at_least=8)
+    patch_size: int = key(8, "side of a patch, px", among=(8, 16, 32))
+    input: str = key(DEFAULT_INPUT, "the modality that is masked and encoded")
+    targets: list[str] = key([m.name for m in tasks()], "the modalities to predict")
+    bands: dict[str, list[str]] = key({}, "bands of a modality, as model.bands.NAME=[...]; all but the unused ones by default")
+    stem: str = key("modified", "first layers: MP-MAE's, or those of ConvNeXt V2", among=("modified", "original"))
+    mask_ratio: float = key(0.6, "share of patches that are hidden", above=0, below=1)
+    decoder_width: int = key(512, "channels of the decoder", at_least=1)
+    decoder_depth: int = key(1, "blocks of the decoder, shared by all modalities", at_least=1)
+    normalise_targets: list[str] = key([DEFAULT_INPUT], "maps predicted relative to the mean and deviation of their own patch")
+    weighting: str = key("uncertainty", "how the losses add up", among=("uncertainty", "unweighted"))
+    init_scheme: str = key("uniform", "initial weights: std 0.02 throughout, or as published", among=("uniform", "published"))
+    init: str = key("", "start from these weights: an exported encoder, a checkpoint or its model.safetensors")
+
+
+@dataclass(frozen=True)
+class Optimizer:
+    base_lr: float = key(1.5e-4, "learning rate per 256 tiles of global batch; lr = base_lr x global batch / 256", above=0)
+    lr: float | None = key(None, "the learning rate itself, in place of base_lr", above=0)
+    beta1: float = key(0.9, "AdamW's first decay", at_least=0, below=1)
+    beta2: float = key(0.95, "AdamW's second decay", at_least=0, below=1)
+    eps: float = key(1e-8, "AdamW's epsilon", above=0)
+    weight_decay: float = key(0.05, "decay of matrices and kernels; vectors and biases have none", at_least=0)
+
+
+@dataclass(frozen=True)
+class Schedule:
+    warmup_fraction: float = key(0.2, "share of the steps over which the learning rate rises (published: 40 of 200 epochs)",
+                                 at_least=0, at_most=1)  # fmt: skip
+    min_lr: float = key(0.0, "learning rate at the end of the cosine", at_least=0)
+
+
+@dataclass(frozen=True)
+class Train:
+    steps: int | None = key(None, "optimizer steps; 300 where neither steps nor epochs is given", at_least=1)
+    epochs: float | None = key(None, "length in passes over the tiles, in place of steps", above=0)
+    global_batch: int = key(64, "tiles per step over all workers", at_least=1)
+    micro_batch: int | None = key(None, "tiles per forward pass of a worker; default: at most 64", at_least=1)
+    workers: int = key(1, "train workers; each takes an equal part of the global batch", at_least=1)
+    gpus: bool | None = key(None, "one GPU per worker (nccl); default: if the cluster has enough")
+    engine: str = key("ddp", "how workers share the model", among=("ddp",))
+    ledger: bool = key(False, "write the ids of every step's tiles to ledger/rank-R.jsonl")
+    stop_at: int | None = key(None, "save and exit after this step; the schedule keeps its length", at_least=1)
+    max_failures: int = key(3, "times to start the workers again after one was lost", at_least=0)
+    hang_timeout: float = key(300.0, "seconds without a sign of life after which a worker is replaced", above=0)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    every: int = key(100, "steps between checkpoints; one is always written at the end", at_least=1)
+    keep: int = key(3, "newest checkpoints to keep; 0 keeps all", at_least=0)
+
+
+@dataclass(frozen=True)
+class Validate:
+    every: int = key(100, "steps between validations on the held-out tiles", at_least=1)
+    tiles: int = key(512, "held-out tiles used, at most; 0 turns validation off", at_least=0)
+
+
+@dataclass(frozen=True)
+class Figure:
+    every: int = key(0, "steps between reconstruction figures; 0: at the end only", at_least=0)
+    tiles: int = key(2, "tiles shown; 0 draws no figure", at_least=0, at_most=4)
+
+
+@dataclass(frozen=True)
+class Run:
+    directory: str = key("runs/pretrain", "where everything about the run is written; the same again resumes it")
+    address: str = key("", "Ray cluster to join ('auto' or an address); empty: RAY_ADDRESS, or a Ray of our own")
+
+
+@dataclass(frozen=True)
+class Config:
+    """All settings.  Construct through `load`, which checks them."""
+
+    data: Data = section(Data)
+    model: Model = section(Model)
+    optimizer: Optimizer = section(Optimizer)
+    schedule: Schedule = section(Schedule)
+    train: Train = section(Train)
+    checkpoint: Checkpoint = section(Checkpoint)
+    validate: Validate = section(Validate)
+    figure: Figure = section(Figure)
+    run: Run = section(Run)
+    seed: int = key(0, "seed of weights, order, crops and masks", at_least=0)
+
+
+FIXED_ON_RESUME = (
+    "model.", "optimizer.", "schedule.", "seed", "train.global_batch", "train.steps", "data.where",
+)  # fmt: skip
+"""Prefixes of the settings that a run keeps for its whole life; all others may change when it resumes."""
+
+FREE_ON_RESUME = ("model.init",)
+"""Settings below those prefixes that only the very first step depends on."""
+
+MAX_AUTO_MICRO_BATCH = 64
+
+
+def load(arguments: list[str]) -> Config:
+    """The configuration of a command line: YAML files and key=value arguments, in any order, the latter winning."""
+    files = [Path(a) for a in arguments if "=" not in a]
+    config = settings.load(Config, files, [a for a in arguments if "=" in a])
+    check(config)
+    return config
+
+
+def check(config: Config) -> None:
+    """Raise UsageError for settings that do not fit each other."""
+    model, train = config.model, config.train
+    if model.image_size % model.patch_size:
+        raise UsageError(
+            f"model.patch_size={model.patch_size} does not divide model.image_size={model.image_size}; "
+            f"use {model.image_size // model.patch_size * model.patch_size or model.patch_size} px, or another patch size"
+        )
+    patches = (model.image_size // model.patch_size) ** 2
+    visible = visible_patches(patches, model.mask_ratio)
+    if not 0 < visible < patches:
+        raise UsageError(f"model.mask_ratio={model.mask_ratio} leaves {visible} of {patches} patches visible; "
+                         "at least one must be visible and one hidden")  # fmt: skip
+    if train.global_batch % train.workers:
+        raise UsageError(f"train.global_batch={train.global_batch} is not divisible by train.workers={train.workers}")
+    per_worker = train.global_batch // train.workers
+    if train.micro_batch is not None and per_worker % train.micro_batch:
+        raise UsageError(
+            f"train.micro_batch={train.micro_batch} does not divide the {per_worker} tiles that each of "
+            f"{train.workers} workers takes of train.global_batch={train.global_batch}"
+        )
+    if train.steps is not None and train.epochs is not None:
+        raise UsageError("give train.steps or train.epochs, not both")
+    chosen = {m.name: m for m in (input_of(config), *targets_of(config))}
+    for name in model.normalise_targets:
+        if name not in chosen or chosen[name].level is not Level.PIXEL or chosen[name].kind is not Kind.CONTINUOUS:
+            raise UsageError(f"model.normalise_targets: {name} is no continuous map among the input and model.targets")
+
+
+def visible_patches(patches: int, mask_ratio: float) -> int:
+    """Patches left visible: the whole part of patches x (1 - ratio), as published (19 of 49 at 0.6)."""
+    return int(round(patches * (1 - mask_ratio), 6))
+
+
+def micro_batch_of(config: Config) -> int:
+    """Tiles per forward pass: as set, or the largest divisor of a worker's share that is at most 64."""
+    share = config.train.global_batch // config.train.workers
+    if config.train.micro_batch is not None:
+        return config.train.micro_batch
+    return max(d for d in range(1, min(share, MAX_AUTO_MICRO_BATCH) + 1) if share % d == 0)
+
+
+def learning_rate_of(config: Config) -> float:
+    return config.optimizer.lr or config.optimizer.base_lr * config.train.global_batch / 256
+
+
+def input_of(config: Config, table: tuple[Modality, ...] = TABLE) -> Modality:
+    """The input modality with its chosen bands.  Raises UsageError unless it is a continuous map."""
+    chosen = _chosen(config, config.model.input, "model.input", table)
+    if chosen.level is not Level.PIXEL or chosen.kind is not Kind.CONTINUOUS:
+        raise UsageError(f"model.input={chosen.name}: the input must be a continuous map")
+    return chosen
+
+
+def targets_of(config: Config, table: tuple[Modality, ...] = TABLE) -> tuple[Modality, ...]:
+    """The targets with their chosen bands, in table order whatever the order they were given in."""
+    names = config.model.targets
+    if not names or len(set(names)) < len(names):
+        raise UsageError(f"model.targets={names}: name at least one modality, each once")
+    for name in config.model.bands:
+        _chosen(config, name, f"model.bands.{name}", table)
+    chosen = [_chosen(config, name, "model.targets", table) for name in names]
+    for modality in chosen:
+        if not modality.trainable:
+            raise UsageError(f"model.targets: {modality.name} holds bit flags, which no head predicts")
+    order = [m.name for m in table]
+    return tuple(sorted(chosen, key=lambda m: order.index(m.name)))
+
+
+def _chosen(config: Config, name: str, where: str, table: tuple[Modality, ...]) -> Modality:
+    try:
+        modality = get(name, table)
+        bands = config.model.bands.get(name)
+        if bands is not None and modality.kind is not Kind.CONTINUOUS:
+            raise ValueError(f"{name} is categorical and has no bands to choose")
+        return modality.default_bands() if bands is None else modality.select(bands)
+    except ValueError as error:
+        raise UsageError(f"{where}: {error}") from error

@@ -1,0 +1,167 @@
+"""Settings of a command: a frozen dataclass owns every default, YAML and key=value arguments change them.
+
+Each field is declared with `key(default, "meaning", ...)`, so that `--help`, the check of values and the error for a wrong
+key all come from the declaration.  No omegaconf object leaves this module.
+"""
+
+import difflib
+import re
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import MISSING, Field, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any, TypeVar, get_args
+
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from mmearth_ray.errors import UsageError
+
+T = TypeVar("T")
+
+
+def key(
+    default: Any,
+    meaning: str,
+    *,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    below: float | None = None,
+    among: Sequence[Any] | None = None,
+) -> Any:
+    """Declare one setting: its default, what it means, and what values are allowed."""
+    limits = {"at least": at_least, "above": above, "at most": at_most, "below": below}
+    metadata = {"meaning": meaning, "limits": {k: v for k, v in limits.items() if v is not None}, "among": among}
+    if isinstance(default, list | dict):
+        return field(default_factory=lambda: type(default)(default), metadata=metadata)
+    return field(default=default, metadata=metadata)
+
+
+def section(kind: type) -> Any:
+    """Declare a group of settings that all have their defaults."""
+    return field(default_factory=kind)
+
+
+def load(kind: type[T], files: Sequence[Path], arguments: Sequence[str]) -> T:
+    """The settings of `kind` with YAML files, then key=value arguments, laid over the defaults.
+
+    Raises UsageError for a file that cannot be read, an unknown key, a value of the wrong type or out of bounds.
+    """
+    merged = OmegaConf.structured(kind)
+    for source, layer in [*((str(f), _yaml(f)) for f in files), *((a, _argument(a)) for a in arguments)]:
+        try:
+            merged = OmegaConf.merge(merged, layer)
+        except OmegaConfBaseException as error:
+            raise UsageError(_explain(kind, source, error)) from error
+    settings: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    check(settings)
+    return settings
+
+
+def check(settings: Any) -> None:
+    """Raise UsageError for the first value that its declaration does not allow."""
+    for name, entry, value in walk(settings):
+        among = entry.metadata.get("among")
+        if among is not None and any(v not in among for v in (value if isinstance(value, list) else [value])):
+            raise UsageError(f"{name}={value}: must be one of {', '.join(map(str, among))}")
+        for limit, bound in entry.metadata.get("limits", {}).items():
+            if value is not None and not all(
+                _COMPARE[limit](v, bound) for v in (value if isinstance(value, list) else [value])
+            ):
+                raise UsageError(f"{name}={value}: must be {limit} {bound:g}")
+
+
+_COMPARE: dict[str, Callable[[float, float], bool]] = {
+    "at least": lambda v, b: v >= b,
+    "above": lambda v, b: v > b,
+    "at most": lambda v, b: v <= b,
+    "below": lambda v, b: v < b,
+}
+
+
+def walk(settings: Any, prefix: str = "") -> Iterator[tuple[str, Field, Any]]:
+    """Every setting as (dotted name, declaration, value).  Takes an object, or a class for its defaults."""
+    for entry in fields(settings):
+        name = prefix + entry.name
+        value = _default(entry) if isinstance(settings, type) else getattr(settings, entry.name)
+        if is_dataclass(value):
+            yield from walk(value, name + ".")
+        else:
+            yield name, entry, value
+
+
+def _default(entry: Field) -> Any:
+    return entry.default_factory() if entry.default_factory is not MISSING else entry.default
+
+
+def flatten(settings: Any) -> dict[str, Any]:
+    """{dotted name: value} of all settings."""
+    return {name: value for name, _, value in walk(settings)}
+
+
+def to_yaml(settings: Any) -> str:
+    """The settings as YAML that `load` reads back to the same object."""
+    return OmegaConf.to_yaml(OmegaConf.structured(settings))
+
+
+def help_text(kind: type) -> str:
+    """Every key with its default and meaning, one to a line, a blank line between sections."""
+    rows = list(walk(kind))
+    width = max(len(f"{name}={_show(value)}") for name, _, value in rows)
+    lines: list[str] = []
+    previous = ""
+    for name, entry, value in rows:
+        head = name.rpartition(".")[0]
+        if lines and head != previous:
+            lines.append("")
+        previous = head
+        lines.append(f"  {f'{name}={_show(value)}'.ljust(min(width, 44))}  {entry.metadata['meaning']}{_allowed(entry)}")
+    return "\n".join(lines)
+
+
+def _show(value: Any) -> str:
+    if value is None:
+        return "null"
+    if isinstance(value, list):
+        return "[" + ",".join(map(str, value)) + "]"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _allowed(entry: Field) -> str:
+    among = entry.metadata.get("among")
+    return f" ({' | '.join(map(str, among))})" if among else ""
+
+
+def _yaml(path: Path) -> Any:
+    try:
+        layer = OmegaConf.create(path.read_text(encoding="utf-8") or "{}")
+    except OSError as error:
+        raise UsageError(f"cannot read the configuration {path}: {error.strerror}") from error
+    except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
+        raise UsageError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not OmegaConf.is_dict(layer):
+        raise UsageError(f"{path} must hold keys and values, such as `train: {{steps: 100}}`")
+    return layer
+
+
+def _argument(argument: str) -> Any:
+    name, equals, _ = argument.partition("=")
+    if not equals or not re.fullmatch(r"[\w.]+", name):
+        raise UsageError(f"'{argument}' is not of the form key=value; --help lists the keys")
+    try:
+        return OmegaConf.from_dotlist([argument])
+    except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
+        raise UsageError(f"{argument}: the value cannot be read ({' '.join(str(error).split())})") from error
+
+
+def _explain(kind: type, source: str, error: OmegaConfBaseException) -> str:
+    name = str(getattr(error, "full_key", "") or "")
+    known = {n: entry for n, entry, _ in walk(kind)}
+    if name in known:
+        wanted = known[name].type
+        readable = getattr(wanted, "__name__", str(wanted)) if not get_args(wanted) else str(wanted)
+        return f"{source}: {name} must be of type {readable}; --help tells what it means"
+    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [n for n in known if n.endswith("." + name)][:1]
+    hint = f"did you mean {close[0]}?" if close else "--help lists the keys"
+    return f"{source}: there is no key '{name}'; {hint}"
