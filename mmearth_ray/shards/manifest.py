@@ -1,0 +1,122 @@
+"""The manifest: what a data set consists of, so that everything else can trust it without opening a shard.
+
+`manifest.json` is written last and atomically: a directory of shards without one is not a data set yet.
+"""
+
+import hashlib
+import json
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from mmearth_ray.errors import DataError
+from mmearth_ray.modalities import TABLE, Modality, table_hash
+from mmearth_ray.shards.schema import SCHEMA_VERSION
+from mmearth_ray.shards.stats import merge_tables, statistics_of
+from mmearth_ray.shards.write import ShardRecord, atomic_text
+
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """A data set: its shards, its statistics, and where it came from.
+
+    `name` tells the samples of one data set from another's in everything random.  `statistics` are computed over the
+    training split; `release_statistics` are those published with a release (null where there was none).
+    """
+
+    directory: Path
+    name: str
+    tile_size: int
+    shards: tuple[ShardRecord, ...]
+    origin: dict[str, Any]
+    release_statistics: dict[str, Any] | None = None
+    table: tuple[Modality, ...] = field(default=TABLE, repr=False)
+
+    @cached_property
+    def statistics(self) -> dict[str, Any]:
+        return statistics_of(merge_tables(shard.moment_table() for shard in self.shards), self.table)
+
+    @cached_property
+    def valid(self) -> dict[str, dict[str, int]]:
+        """{variant: {column: valid values}} over all shards and splits."""
+        total: dict[str, dict[str, int]] = {}
+        for shard in self.shards:
+            for variant, columns in shard.valid.items():
+                mine = total.setdefault(variant, {})
+                for column, count in columns.items():
+                    mine[column] = mine.get(column, 0) + count
+        return total
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        body = {
+            "schema_version": SCHEMA_VERSION,
+            "table_hash": table_hash(self.table),
+            "name": self.name,
+            "tile_size": self.tile_size,
+            "rows": self.rows,
+            "origin": self.origin,
+            "statistics": self.statistics,
+            "release_statistics": self.release_statistics,
+            "shards": [shard.to_json() for shard in self.shards],
+        }
+        return {"digest": digest_of(body), **body}
+
+    @cached_property
+    def digest(self) -> str:
+        return self.to_json()["digest"]
+
+    def save(self) -> None:
+        atomic_text(self.directory / MANIFEST, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+
+
+def digest_of(body: dict[str, Any]) -> str:
+    """SHA-256 of the canonical JSON of everything but the digest itself."""
+    text = json.dumps({k: v for k, v in body.items() if k != "digest"}, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def load_manifest(directory: Path, table: tuple[Modality, ...] = TABLE) -> Manifest:
+    """Read and check the manifest of a data set.
+
+    Raises DataError if it is absent, damaged, of another schema version or of another table of modalities.
+    """
+    path = directory / MANIFEST
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise DataError(_why_absent(directory)) from error
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error}); restore it, or convert the release again") from error
+    if not isinstance(body, dict):
+        raise DataError(f"{path} is no manifest; restore it, or convert the release again")
+    version = body.get("schema_version")
+    if version != SCHEMA_VERSION:
+        raise DataError(f"{directory} has schema version {version}, this program reads {SCHEMA_VERSION}; convert it again")
+    if digest_of(body) != body.get("digest"):
+        raise DataError(f"{path} was altered after it was written (its digest does not match); convert the release again")
+    if body["table_hash"] != table_hash(table):
+        raise DataError(f"{directory} was written with another table of modalities; convert the release again")
+    return Manifest(
+        directory=directory,
+        name=body["name"],
+        tile_size=body["tile_size"],
+        shards=tuple(ShardRecord(**shard) for shard in body["shards"]),
+        origin=body["origin"],
+        release_statistics=body["release_statistics"],
+        table=table,
+    )
+
+
+def _why_absent(directory: Path) -> str:
+    if not directory.is_dir():
+        return f"there is no data set at {directory}; make one with `python -m mmearth_ray.shards convert RELEASE {directory}`"
+    if (directory / ".building").is_dir():
+        return f"{directory} is unfinished; run the command that was making it again, it continues where it stopped"
+    return f"{directory} has no {MANIFEST}, so it is no data set; name the directory that `shards convert` wrote"

@@ -1,0 +1,174 @@
+"""Writing one shard: blocks of tiles become row groups of a Parquet file that appears under its name only when complete."""
+
+import errno
+import hashlib
+import os
+from collections import Counter
+from collections.abc import Iterable
+from contextlib import suppress
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet as pq
+
+from mmearth_ray.errors import DataError
+from mmearth_ray.modalities import PRODUCTS, TABLE, Kind, Level, Modality
+from mmearth_ray.shards.schema import METADATA_FIELDS, TileBlock, arrow_schema, to_record_batch
+from mmearth_ray.shards.stats import ALL, Moments, MomentTable, block_moments, merge_tables
+
+TRAINING_SPLIT = "train"
+COMPRESSIONS = ("zstd", "lz4", "none")
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """What a manifest says of one shard.
+
+    `valid[variant][column]`: valid values over all splits (the variant is the product, or "all").
+    `present[modality]`: tiles that have the layer.  `moments[variant][column]`: over the training split only.
+    """
+
+    file: str
+    rows: int
+    bytes: int
+    sha256: str
+    row_groups: list[int]
+    splits: dict[str, int]
+    products: dict[str, int]
+    dates: list[str | None]
+    present: dict[str, int]
+    valid: dict[str, dict[str, int]]
+    moments: dict[str, dict[str, list[float]]]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def moment_table(self) -> MomentTable:
+        return {
+            variant: {column: Moments(int(v[0]), *v[1:]) if v[0] else Moments() for column, v in columns.items()}
+            for variant, columns in self.moments.items()
+        }
+
+
+def write_shard(
+    path: Path,
+    blocks: Iterable[TileBlock],
+    tile_size: int,
+    compression: str = "zstd",
+    table: tuple[Modality, ...] = TABLE,
+) -> ShardRecord:
+    """Write the blocks, one row group each, and describe the shard.  Raises DataError if the disk does not take it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    tally = _Tally(table)
+    try:
+        with pq.ParquetWriter(temporary, arrow_schema(tile_size, table), **_parquet_options(compression, table)) as writer:
+            for block in blocks:
+                tally.add(block)
+                writer.write_batch(to_record_batch(block, tile_size, table), row_group_size=len(block))
+        with temporary.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            os.fsync(file.fileno())
+        size = temporary.stat().st_size
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(write_failure(path, error)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+    return tally.record(path.name, size, digest)
+
+
+def write_failure(path: Path, error: OSError) -> str:
+    """One line on why a file could not be written, and what to do."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if full:
+        return f"no space left on the disk of {path.parent} while writing {path.name}; free some and run the command again"
+    return f"cannot write {path}: {error.strerror or error}"
+
+
+def atomic_text(path: Path, text: str) -> None:
+    """Write a text file that is either complete or absent.  Raises DataError if the disk does not take it."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with temporary.open("w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(write_failure(path, error)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def _parquet_options(compression: str, table: tuple[Modality, ...]) -> dict[str, Any]:
+    scalars = [f.name for f in METADATA_FIELDS if f.name != "geometry"]
+    scalars += [column for m in table if m.level is Level.IMAGE for column in m.columns]
+    return {
+        "compression": compression,
+        "use_dictionary": False,
+        "write_statistics": scalars,  # the minimum and maximum of a map would store two whole maps per row group
+        "write_page_checksum": True,  # a reader notices a flipped byte by itself
+        "store_schema": True,
+    }
+
+
+class _Tally:
+    """Counts what goes into a shard while it is written."""
+
+    def __init__(self, table: tuple[Modality, ...]) -> None:
+        self.table = table
+        self.row_groups: list[int] = []
+        self.splits: Counter[str] = Counter()
+        self.products: Counter[str] = Counter()
+        self.present: Counter[str] = Counter()
+        self.valid: dict[str, Counter[str]] = {}
+        self.moments: MomentTable = {}
+        self.dates: list[str] = []
+
+    def add(self, block: TileBlock) -> None:
+        self.row_groups.append(len(block))
+        self.splits.update(block.split)
+        self.products.update(block.product)
+        self.dates += [day.isoformat() for day in block.date if day]
+        self.dates = [min(self.dates), max(self.dates)] if self.dates else []
+        for m in self.table:
+            self.present[m.name] += int(block.present[m.name].sum())
+        for variant, columns in tally_valid(block, self.table).items():
+            self.valid.setdefault(variant, Counter()).update(columns)
+        self.moments = merge_tables([self.moments, block_moments(block, TRAINING_SPLIT, self.table)])
+
+    def record(self, file: str, size: int, digest: str) -> ShardRecord:
+        moments = {
+            variant: {column: [x.count, x.mean, x.m2, x.low, x.high] if x.count else [0] for column, x in columns.items()}
+            for variant, columns in self.moments.items()
+        }
+        return ShardRecord(
+            file=file, rows=sum(self.row_groups), bytes=size, sha256=digest, row_groups=self.row_groups,
+            splits=dict(self.splits), products=dict(self.products), dates=list(self.dates) or [None, None],
+            present=dict(self.present), valid={v: dict(c) for v, c in self.valid.items()}, moments=moments,
+        )  # fmt: skip
+
+
+def tally_valid(block: TileBlock, table: tuple[Modality, ...] = TABLE) -> dict[str, dict[str, int]]:
+    """{variant: {column: valid values}} of the block's tiles, over all splits; absent layers do not count."""
+    products = np.array(block.product)
+    valid: dict[str, dict[str, int]] = {}
+    for m in table:
+        present = block.present[m.name]
+        for variant in PRODUCTS if m.by_product else (ALL,):
+            rows = present & (products == variant) if m.by_product else present
+            valid.setdefault(variant, {}).update(count_valid(block.layers[m.name][rows], m))
+    return valid
+
+
+def count_valid(layer: np.ndarray, modality: Modality) -> dict[str, int]:
+    """Valid values per column of the tiles given: maps (n, bands, H, W), vectors (n, bands) or labels (n,)."""
+    if modality.kind is Kind.CATEGORICAL:
+        labels = layer if modality.level is Level.IMAGE else modality.label_table()[layer]
+        return {modality.columns[0]: int((labels >= 0).sum())}
+    valid = modality.valid(layer)
+    return {column: int(valid[:, band].sum()) for band, column in enumerate(modality.columns)}
