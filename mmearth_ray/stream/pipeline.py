@@ -1,0 +1,94 @@
+"""The Ray Data pipeline: data tasks prepare batches ahead of a train worker, in the exact order of the plan.
+
+Each worker builds its own dataset here, inside its loop, so that Ray's resource limits are per worker and the order needs
+no agreement between workers.  A dataset is a range of task numbers; a task computes its positions from its number, reads
+the row groups and yields finished batches.  Long runs are cut into windows of tasks, so that no graph grows with the run.
+"""
+
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, cast
+
+import numpy as np
+import ray
+import ray.data
+from ray.data import DataContext, ExecutionResources
+from ray.exceptions import RayError
+
+from mmearth_ray.errors import DataError
+from mmearth_ray.stream.plan import MicroBatches
+from mmearth_ray.stream.prepare import Batch
+from mmearth_ray.stream.source import Source
+
+TASKS_PER_WINDOW = 1024
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one worker's pipeline may use of the cluster: logical CPUs of data tasks, and bytes of the object store."""
+
+    cpus: float
+    object_store_bytes: int
+
+
+def stream(source: Source, ranges: MicroBatches, *, tiles_per_task: int, read_ahead: int, share: Share) -> Iterator[Batch]:
+    """The batches of those position ranges, in order, prepared ahead by Ray Data tasks.
+
+    Raises DataError, as the task that met it put it, if a shard is missing or damaged.
+    """
+    per_task = max(1, tiles_per_task // ranges.micro_batch)
+    tasks = -(-len(ranges) // per_task)
+    _configure(share)
+    for first in range(0, tasks, TASKS_PER_WINDOW):
+        count = min(TASKS_PER_WINDOW, tasks - first)
+        task_numbers = ray.data.range(count, override_num_blocks=count)
+        dataset = task_numbers.map_batches(
+            cast(Any, _Prepare(source, ranges, first, per_task)),
+            batch_size=None,
+            num_cpus=min(1.0, share.cpus),
+        )
+        try:
+            for batch in dataset.iter_batches(batch_size=ranges.micro_batch, prefetch_batches=read_ahead, batch_format="numpy"):
+                yield cast(Batch, batch)
+        except RayError as error:
+            raise user_error(error) or error from error
+
+
+@dataclass(frozen=True, eq=False)
+class _Prepare:
+    """The function of a data task: task numbers in, finished batches out, one at a time."""
+
+    source: Source
+    ranges: MicroBatches
+    first: int
+    per_task: int
+
+    def __call__(self, batch: dict[str, np.ndarray]) -> Iterator[Batch]:
+        for task in batch["id"].tolist():
+            begin = (self.first + task) * self.per_task
+            numbers = range(begin, min(begin + self.per_task, len(self.ranges)))
+            yield from self.source.batches(self.ranges[number] for number in numbers)
+
+
+def _configure(share: Share) -> None:
+    """Set this process's limits for Ray Data.  Order is kept; nothing is printed; the object store's use is bounded."""
+    context = DataContext.get_current()
+    context.execution_options.preserve_order = True
+    context.execution_options.resource_limits = ExecutionResources(cpu=share.cpus, object_store_memory=share.object_store_bytes)
+    context.target_max_block_size = 16 << 20
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+def user_error(error: BaseException | None) -> DataError | None:
+    """The DataError behind an error that Ray wrapped, if that is what it was."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        if isinstance(error, DataError):
+            return DataError(str(error))
+        inner: Any = getattr(error, "cause", None)
+        error = inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__
+    return None
