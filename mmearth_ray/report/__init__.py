@@ -1,0 +1,1 @@
+"""Reports: tables and figures made from arrays and result files.  Nothing here imports torch."""
