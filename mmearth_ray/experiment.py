@@ -1,0 +1,192 @@
+"""An experiment: a configuration resolved against its data set, ready to travel to the workers.
+
+Everything that can be wrong with the settings or the data set is found here, before a worker starts.
+"""
+
+import dataclasses
+import json
+import math
+import platform
+import subprocess
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, cast
+
+import numpy as np
+import torch
+
+from mmearth_ray import __version__, settings
+from mmearth_ray.config import FIXED_ON_RESUME, FREE_ON_RESUME, Config, input_of, targets_of, visible_patches
+from mmearth_ray.errors import DataError, UsageError
+from mmearth_ray.modalities import Kind, table_hash
+from mmearth_ray.model.encoder import Stem
+from mmearth_ray.model.mpmae import build_mpmae, initialise
+from mmearth_ray.objective import Objective, Weighting
+from mmearth_ray.shards.manifest import Manifest, load_manifest
+from mmearth_ray.shards.stats import Statistics, normalisation, require_statistics
+from mmearth_ray.stream.prepare import SampleSpec
+from mmearth_ray.stream.select import NothingSelected
+from mmearth_ray.stream.source import Source, open_source
+
+DEFAULT_STEPS = 300
+
+
+@dataclass(frozen=True, eq=False)
+class Experiment:
+    """A resolved run: `config.train.steps` is set, the samples are chosen, every band in use can be normalised.
+
+    `statistics[name]`: mean and std, float32 (products, bands) each.  `identity`: digests that a resumed run must share.
+    """
+
+    config: Config
+    source: Source
+    held_out: Source | None
+    statistics: dict[str, tuple[np.ndarray, np.ndarray]]
+    identity: dict[str, str]
+
+    @property
+    def spec(self) -> SampleSpec:
+        return self.source.spec
+
+    @property
+    def steps(self) -> int:
+        assert self.config.train.steps is not None
+        return self.config.train.steps
+
+    @property
+    def last_step(self) -> int:
+        """The step after which this call ends."""
+        return min(self.steps, self.config.train.stop_at or self.steps)
+
+    @property
+    def run(self) -> Path:
+        return Path(self.config.run.directory)
+
+
+def open_experiment(config: Config, shards: Path) -> Experiment:
+    """Resolve a configuration against the data set at `shards`.  Raises UsageError and DataError, as they apply."""
+    manifest = load_manifest(shards)
+    entry, targets = input_of(config), targets_of(config)
+    modalities = (*targets, entry)
+    statistics = load_statistics(config.data.statistics, manifest)
+    origin = "the manifest" if config.data.statistics == "manifest" else f"data.statistics={config.data.statistics}"
+    require_statistics(statistics, _training_counts(manifest), modalities, origin)
+    arrays = {m.name: normalisation(statistics, m) for m in modalities if m.kind is Kind.CONTINUOUS}
+    patches = (config.model.image_size // config.model.patch_size) ** 2
+    spec = SampleSpec(
+        dataset=manifest.name, seed=config.seed, tile_size=manifest.tile_size,
+        image_size=config.model.image_size, patch_size=config.model.patch_size,
+        visible=visible_patches(patches, config.model.mask_ratio), input=entry, targets=targets,
+        normalise_targets=frozenset(config.model.normalise_targets) & {m.name for m in targets},
+        known={name: np.isfinite(mean) for name, (mean, _) in arrays.items()},
+    )  # fmt: skip
+    source = open_source(manifest, config.data.where, spec)
+    return Experiment(
+        config=_with_steps(config, source.samples),
+        source=source,
+        held_out=_held_out(config, manifest, spec),
+        statistics=arrays,
+        identity={"data": manifest.digest, "table": table_hash()},
+    )
+
+
+def _with_steps(config: Config, samples: int) -> Config:
+    train = config.train
+    steps = train.steps or (math.ceil(train.epochs * samples / train.global_batch) if train.epochs else DEFAULT_STEPS)
+    return dataclasses.replace(config, train=dataclasses.replace(train, steps=steps, epochs=None))
+
+
+def _held_out(config: Config, manifest: Manifest, spec: SampleSpec) -> Source | None:
+    """The held-out tiles, or none where the data set has none or validation is off."""
+    if not config.validate.tiles:
+        return None
+    try:
+        return open_source(manifest, config.data.validate_where, spec)
+    except NothingSelected:
+        return None
+
+
+def load_statistics(choice: str, manifest: Manifest) -> Statistics:
+    """The statistics that `data.statistics` names.  Raises DataError if there are none or the file cannot be read."""
+    if choice == "manifest":
+        return manifest.statistics
+    if choice == "release":
+        if manifest.release_statistics is None:
+            raise DataError(f"{manifest.directory} carries no release statistics; use data.statistics=manifest")
+        return manifest.release_statistics
+    try:
+        loaded = json.loads(Path(choice).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"data.statistics={choice}: cannot be read ({error}); use manifest, release or a JSON file") from error
+    return loaded.get("statistics", loaded)
+
+
+def _training_counts(manifest: Manifest) -> dict[str, dict[str, int]]:
+    """{variant: {column: valid training values}}"""
+    counts: dict[str, dict[str, int]] = {}
+    for shard in manifest.shards:
+        for variant, columns in shard.moment_table().items():
+            for column, moments in columns.items():
+                mine = counts.setdefault(variant, {})
+                mine[column] = mine.get(column, 0) + moments.count
+    return counts
+
+
+def build_objective(experiment: Experiment) -> Objective:
+    """The model with its initial weights, its normaliser and its losses: the same on every worker."""
+    model, spec = experiment.config.model, experiment.spec
+    network = build_mpmae(
+        size=model.size, in_channels=len(spec.input.bands), image_size=model.image_size, patch_size=model.patch_size,
+        targets=spec.targets, stem=cast(Stem, model.stem), decoder_width=model.decoder_width, decoder_depth=model.decoder_depth,
+    )  # fmt: skip
+    initialise(network, model.init_scheme, torch.Generator().manual_seed(experiment.config.seed))
+    return Objective(
+        network,
+        input=spec.input,
+        targets=spec.targets,
+        statistics={
+            name: (torch.from_numpy(mean), torch.from_numpy(std)) for name, (mean, std) in experiment.statistics.items()
+        },
+        normalise_targets=spec.normalise_targets,
+        weighting=cast(Weighting, model.weighting),
+    )
+
+
+def fixed_settings(config: Config) -> dict[str, Any]:
+    """The settings that a run keeps for its whole life, by dotted name."""
+    return {
+        name: value
+        for name, value in settings.flatten(config).items()
+        if name.startswith(FIXED_ON_RESUME) and name not in FREE_ON_RESUME
+    }
+
+
+def check_resume(experiment: Experiment, found: dict[str, Any], identity: dict[str, str], where: Path) -> None:
+    """Raise UsageError naming the first setting that differs from those the run was started with."""
+    wanted = fixed_settings(experiment.config)
+    for name, value in wanted.items():
+        if name in found and found[name] != value:
+            raise UsageError(
+                f"{where} was trained with {name}={found[name]}, this command says {value}; "
+                "set it back, or start another run with another run.directory"
+            )
+    meanings = {"data": "another data set (data.shards)", "table": "another table of modalities"}
+    for name, digest in experiment.identity.items():
+        if identity.get(name) != digest:
+            raise UsageError(f"{where} was trained on {meanings[name]}; set it back, or use another run.directory")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what computes, and the commit of this checkout if it is one."""
+    found = {name: version(name) for name in ("torch", "ray", "pyarrow", "numpy")}
+    return {"mmearth_ray": __version__, "python": platform.python_version(), "commit": _commit(), **found}
+
+
+def _commit() -> str:
+    here = Path(__file__).parent
+    command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True, timeout=10).stdout.strip()
+    except (OSError, subprocess.SubprocessError):
+        return "unknown"
