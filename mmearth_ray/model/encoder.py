@@ -1,0 +1,131 @@
+"""The encoder: ConvNeXt V2, on the visible patches of masked images or on whole images, with the same code and weights.
+
+Published names and layouts of parameters are kept (initial_conv, stem, downsample_layers, stages; kernels as (O, D, k, k)),
+so a state dict of this encoder is an ordinary dense ConvNeXt V2.
+
+Shapes: B images, C bands, H x W pixels, V visible patches, Q cells along the side of a block (see layers), D channels.
+"""
+
+from itertools import pairwise
+from typing import Literal, NamedTuple
+
+from torch import Tensor, nn
+from torch.nn import functional
+
+from mmearth_ray.model.layers import CELLS, EPS, Block, BlockConv, DenseLayout, LayerNorm, Layout, PackedLayout
+
+Stem = Literal["modified", "original"]
+
+STEMS: tuple[Stem, ...] = ("modified", "original")
+PATCH_SIZES = (8, 16, 32)
+
+
+class Size(NamedTuple):
+    """Blocks and channels of the four stages."""
+
+    depths: tuple[int, int, int, int]
+    dims: tuple[int, int, int, int]
+
+
+# ConvNeXt V2, arXiv:2301.00808, table 8 in its appendix, and its code (facebookresearch/ConvNeXt-V2, convnextv2.py).
+SIZES: dict[str, Size] = {
+    "atto": Size((2, 2, 6, 2), (40, 80, 160, 320)),
+    "femto": Size((2, 2, 6, 2), (48, 96, 192, 384)),
+    "pico": Size((2, 2, 6, 2), (64, 128, 256, 512)),
+    "nano": Size((2, 2, 8, 2), (80, 160, 320, 640)),
+    "tiny": Size((3, 3, 9, 3), (96, 192, 384, 768)),
+    "base": Size((3, 3, 27, 3), (128, 256, 512, 1024)),
+    "large": Size((3, 3, 27, 3), (192, 384, 768, 1536)),
+    "huge": Size((3, 3, 27, 3), (352, 704, 1408, 2816)),
+}
+
+
+class Encoder(nn.Module):
+    """ConvNeXt V2 for patches of 8, 16 or 32 pixels; `dims[-1]` channels per patch come out.
+
+    The modified stem of MP-MAE (arXiv:2405.02771) is a 3x3 convolution, LayerNorm, GELU, then a depthwise convolution with
+    kernel = stride = patch / 8 and LayerNorm; the original one a single convolution with that stride and LayerNorm.
+    There is no norm at the end.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        depths: tuple[int, ...],
+        dims: tuple[int, ...],
+        patch_size: int,
+        stem: Stem = "modified",
+        grn_eps: float = EPS,
+    ) -> None:
+        super().__init__()
+        check_patch_size(patch_size)
+        if stem not in STEMS:
+            raise ValueError(f"stem must be one of {', '.join(STEMS)}; got '{stem}'")
+        self.patch_size = patch_size
+        self.width = dims[-1]
+        stride = patch_size // CELLS
+        if stem == "modified":
+            self.initial_conv = nn.Sequential(nn.Conv2d(in_channels, dims[0], 3), LayerNorm(dims[0]))
+            self.stem = nn.Sequential(BlockConv(dims[0], dims[0], stride, groups=dims[0]), LayerNorm(dims[0]))
+        else:
+            self.stem_orig = nn.Sequential(BlockConv(in_channels, dims[0], stride), LayerNorm(dims[0]))
+        self._embed = self._modified_stem if stem == "modified" else self._original_stem
+        self.downsample_layers = nn.ModuleList(
+            nn.Sequential(LayerNorm(narrow), BlockConv(narrow, wide, 2)) for narrow, wide in pairwise(dims)
+        )
+        self.stages = nn.ModuleList(
+            nn.ModuleList(Block(width, grn_eps) for _ in range(depth)) for depth, width in zip(depths, dims, strict=True)
+        )
+
+    def forward(self, image_BCHW: Tensor, visible_BV: Tensor | None = None) -> Tensor:
+        """Features of the last stage.
+
+        With `visible_BV` (int64, ascending row-major indices of patches) only those patches exist: (B, V, 1, 1, D).
+        Without it, the whole image is one block: (B, 1, H / patch, W / patch, D).
+        """
+        layout = self._layout(image_BCHW, visible_BV)
+        x_BVQQD = self._embed(image_BCHW, layout)
+        for number, blocks in enumerate(self.stages):
+            if number > 0:
+                x_BVQQD = self.downsample_layers[number - 1](x_BVQQD)
+            for block in blocks:  # type: ignore[attr-defined]
+                x_BVQQD = block(x_BVQQD, layout)
+        return x_BVQQD
+
+    def _layout(self, image_BCHW: Tensor, visible_BV: Tensor | None) -> Layout:
+        height, width = image_BCHW.shape[2:]
+        check_image_size((height, width), self.patch_size)
+        if visible_BV is None:
+            return DenseLayout()
+        return PackedLayout(visible_BV, (height // self.patch_size, width // self.patch_size))
+
+    def _modified_stem(self, image_BCHW: Tensor, layout: Layout) -> Tensor:
+        convolution, norm = self.initial_conv
+        x_BVPPD = layout.blocks(convolution(layout.pixels(image_BCHW, halo=1)))
+        return self.stem(functional.gelu(norm(x_BVPPD)))
+
+    def _original_stem(self, image_BCHW: Tensor, layout: Layout) -> Tensor:
+        return self.stem_orig(layout.blocks(layout.pixels(image_BCHW, halo=0)))
+
+
+def build_encoder(size: str, in_channels: int, patch_size: int, stem: Stem = "modified") -> Encoder:
+    """The encoder of a published size (`SIZES`).  Raises ValueError for an unknown size, patch size or stem."""
+    if size not in SIZES:
+        raise ValueError(f"there is no encoder size '{size}'; use one of {', '.join(SIZES)}")
+    return Encoder(in_channels, *SIZES[size], patch_size=patch_size, stem=stem)
+
+
+def check_patch_size(patch_size: int) -> None:
+    """Raise ValueError unless three halvings of 8 cells fit: the patch must be 8, 16 or 32 pixels."""
+    if patch_size not in PATCH_SIZES:
+        raise ValueError(f"a patch must be {', '.join(map(str, PATCH_SIZES))} pixels wide; got {patch_size}")
+
+
+def check_image_size(sides: tuple[int, ...], patch_size: int) -> None:
+    """Raise ValueError unless every side of the image is a whole number of patches."""
+    for side in sides:
+        if side < patch_size or side % patch_size:
+            nearest = max(side // patch_size, 1) * patch_size
+            raise ValueError(
+                f"image sides must be multiples of the patch size {patch_size}; got {side}: crop or pad to {nearest}"
+            )

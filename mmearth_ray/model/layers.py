@@ -1,0 +1,230 @@
+"""Layers of ConvNeXt V2, for images of which only some patches are visible.
+
+Features are always blocks of cells, channels last.  After the stem every visible patch of an image is a block of 8 x 8
+cells; each stage halves it, down to one cell.  Nearly everything happens inside a block.  The two exceptions, the 3x3
+convolution of the stem and the 7x7 depthwise convolution, ask a `Layout` for their neighbours, so the layers need not
+know whether they see a few patches (`PackedLayout`) or a whole map (`DenseLayout`, one block per image).
+
+Sources: ConvNeXt V2 (arXiv:2301.00808) for the block and GRN; MP-MAE (arXiv:2405.02771) for the stem and patch sizes.
+
+Shapes: B images, V visible patches of an image, R x S patches in the grid of an image, Q cells along the side of a block
+(QQ need not be square in the dense case), P pixels along the side of a patch, D channels, O output channels, F = 4 D.
+"""
+
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional
+
+EPS = 1e-6  # of LayerNorm and GRN: the published ConvNeXt V2 encoder
+CELLS = 8  # cells along the side of a patch after the stem: three halvings later it is one
+MLP_RATIO = 4  # width of the hidden layer of a block over its own: ConvNeXt
+
+
+class _Spread(torch.autograd.Function):
+    """Rows to their places among zeros: (N, K), places (N,) -> (total, K).  Places are distinct."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_NK: Tensor, places_N: Tensor, total: int) -> Tensor:
+        ctx.save_for_backward(places_N)
+        return rows_NK.new_zeros(total, rows_NK.shape[1]).index_copy_(0, places_N, rows_NK)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        (places_N,) = ctx.saved_tensors
+        return _Collect.apply(grads[0], places_N), None, None  # type: ignore[return-value]
+
+
+class _Collect(torch.autograd.Function):
+    """Rows back from their places: (total, K), places (N,) -> (N, K).  As places are distinct, nothing adds up."""
+
+    @staticmethod
+    def forward(ctx: Any, rows_TK: Tensor, places_N: Tensor) -> Tensor:
+        ctx.save_for_backward(places_N)
+        ctx.total = rows_TK.shape[0]
+        return rows_TK.index_select(0, places_N)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        (places_N,) = ctx.saved_tensors
+        return _Spread.apply(grads[0].contiguous(), places_N, ctx.total), None  # type: ignore[return-value]
+
+
+class Layout(Protocol):
+    """Where the blocks of a batch lie in their images: all that looks across patches goes through here."""
+
+    def pixels(self, image_BDHW: Tensor, halo: int) -> Tensor:
+        """Pixels of every block with `halo` pixels around it, zero where hidden: (B V, D, P + 2 halo, P + 2 halo)."""
+        ...
+
+    def blocks(self, x_NDQQ: Tensor) -> Tensor:
+        """Results computed on `pixels`, as features: (B V, D, Q, Q) -> (B, V, Q, Q, D)."""
+        ...
+
+    def depthwise(self, x_BVQQD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None) -> Tensor:
+        """Depthwise convolution, odd kernel, with zeros at hidden cells and outside: keeps the shape of the features."""
+        ...
+
+
+class DenseLayout:
+    """Everything is visible: one block per image, the map itself, whatever its shape."""
+
+    def pixels(self, image_BDHW: Tensor, halo: int) -> Tensor:
+        image_BDHW = image_BDHW.contiguous(memory_format=torch.channels_last)
+        return functional.pad(image_BDHW, (halo,) * 4) if halo else image_BDHW
+
+    def blocks(self, x_NDQQ: Tensor) -> Tensor:
+        return x_NDQQ.permute(0, 2, 3, 1)[:, None]
+
+    def depthwise(self, x_BVQQD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None) -> Tensor:
+        return _depthwise(x_BVQQD.squeeze(1), weight_D1KK, bias_D)[:, None]
+
+
+class PackedLayout:
+    """Some patches of a grid of `grid` = (R, S) patches are visible: `visible_BV` holds their row-major indices.
+
+    Every image shows the same number of patches, so features need no padding.  For a depthwise convolution the visible
+    cells are spread into a zeroed map; a row of a block is contiguous there, so whole rows of Q cells move at once.
+    """
+
+    def __init__(self, visible_BV: Tensor, grid: tuple[int, int]) -> None:
+        self.grid = grid
+        self.visible_BV = visible_BV
+        self.image_B1 = torch.arange(len(visible_BV), device=visible_BV.device)[:, None]
+        self._places: dict[int, Tensor] = {}
+
+    def pixels(self, image_BDHW: Tensor, halo: int) -> Tensor:
+        (rows, columns), (batch, _, height, width) = self.grid, image_BDHW.shape
+        seen_BL = torch.zeros(batch, rows * columns, dtype=torch.bool, device=image_BDHW.device)
+        seen_BL = seen_BL.scatter(1, self.visible_BV, True)
+        patches_BDRPSP = image_BDHW.reshape(batch, -1, rows, height // rows, columns, width // columns)
+        seen_B1R1S1 = seen_BL.view(batch, 1, rows, 1, columns, 1)
+        shown_BDHW = torch.where(seen_B1R1S1, patches_BDRPSP, 0).view_as(image_BDHW)  # out of place: also a target
+        padded_BHWD = functional.pad(shown_BDHW.permute(0, 2, 3, 1), (0, 0, halo, halo, halo, halo))
+        size = height // rows + 2 * halo
+        windows_BRSPPD = padded_BHWD.unfold(1, size, size - 2 * halo).unfold(2, size, size - 2 * halo).movedim(3, 5)
+        row_BV, column_BV = self.visible_BV // columns, self.visible_BV % columns
+        return windows_BRSPPD[self.image_B1, row_BV, column_BV].flatten(0, 1).permute(0, 3, 1, 2)
+
+    def blocks(self, x_NDQQ: Tensor) -> Tensor:
+        return x_NDQQ.permute(0, 2, 3, 1).unflatten(0, self.visible_BV.shape)
+
+    def depthwise(self, x_BVQQD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None) -> Tensor:
+        (rows, columns), (batch, _, cells, _, channels) = self.grid, x_BVQQD.shape
+        places, total = self._row_places(cells), batch * rows * cells * columns
+        map_TK: Tensor = _Spread.apply(x_BVQQD.reshape(-1, cells * channels), places, total)  # type: ignore[assignment]
+        map_BHWD = map_TK.view(batch, rows * cells, columns * cells, channels)
+        map_BHWD = _depthwise(map_BHWD, weight_D1KK, bias_D)
+        out_NK: Tensor = _Collect.apply(map_BHWD.reshape(total, -1), places)  # type: ignore[assignment]
+        return out_NK.view_as(x_BVQQD)
+
+    def _row_places(self, cells: int) -> Tensor:
+        """Where each of the `cells` rows of each block lies in a map of (B, R, cells, S) rows: (B V cells,)."""
+        if cells not in self._places:
+            rows, columns = self.grid
+            row_BV, column_BV = self.visible_BV // columns, self.visible_BV % columns
+            first_BV = (self.image_B1 * rows + row_BV) * cells * columns + column_BV
+            steps_Q = torch.arange(cells, device=first_BV.device) * columns
+            self._places[cells] = (first_BV[..., None] + steps_Q).flatten()
+        return self._places[cells]
+
+
+def _depthwise(map_BHWD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None) -> Tensor:
+    """An ordinary depthwise convolution that keeps the size; channels-last in memory, before and after."""
+    padding = weight_D1KK.shape[-1] // 2
+    map_BDHW = map_BHWD.permute(0, 3, 1, 2)
+    return functional.conv2d(map_BDHW, weight_D1KK, bias_D, padding=padding, groups=len(weight_D1KK)).permute(0, 2, 3, 1)
+
+
+class DepthwiseConv(nn.Conv2d):
+    """The depthwise convolution of a block: looks across patches, through the layout.  Weight (D, 1, 7, 7)."""
+
+    def __init__(self, channels: int, kernel_size: int = 7) -> None:
+        super().__init__(channels, channels, kernel_size, padding=kernel_size // 2, groups=channels)
+
+    def forward(self, x_BVQQD: Tensor, layout: Layout) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return layout.depthwise(x_BVQQD, self.weight, self.bias)
+
+
+class BlockConv(nn.Conv2d):
+    """A convolution whose kernel equals its stride, and so stays inside a block: (B, V, Q, Q, D) -> (B, V, Q/k, Q/k, O)."""
+
+    def __init__(self, channels: int, out_channels: int, kernel_size: int, groups: int = 1) -> None:
+        super().__init__(channels, out_channels, kernel_size, stride=kernel_size, groups=groups)
+
+    def forward(self, input: Tensor) -> Tensor:
+        x_NDQQ = input.flatten(0, 1).permute(0, 3, 1, 2)
+        return super().forward(x_NDQQ).permute(0, 2, 3, 1).unflatten(0, input.shape[:2])
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over channels, the last dimension, with the eps that ConvNeXt uses everywhere."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__(channels, eps=EPS)
+
+
+class _GlobalResponse(torch.autograd.Function):
+    """GRN with its gradient written out: fewer passes over the widest features, a tenth of an atto encoder's step on a CPU."""
+
+    @staticmethod
+    def forward(ctx: Any, x_BVQQF: Tensor, gamma_F: Tensor, beta_F: Tensor, eps: float) -> Tensor:
+        norm_B111F = x_BVQQF.square().sum((1, 2, 3), keepdim=True, dtype=torch.float32).sqrt()
+        mean_B1111 = norm_B111F.mean(-1, keepdim=True) + eps
+        scale_B111F = 1 + gamma_F * (norm_B111F / mean_B1111)
+        ctx.save_for_backward(x_BVQQF, gamma_F, norm_B111F, mean_B1111, scale_B111F)
+        return torch.addcmul(beta_F.to(x_BVQQF.dtype), x_BVQQF, scale_B111F.to(x_BVQQF.dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the decorator hides the names)
+        ctx: Any, *grads: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor, None]:
+        x_BVQQF, gamma_F, norm_B111F, mean_B1111, scale_B111F = ctx.saved_tensors
+        (grad_BVQQF,) = grads
+        response_B111F = norm_B111F / mean_B1111
+        d_scale_B111F = (grad_BVQQF * x_BVQQF).sum((1, 2, 3), keepdim=True, dtype=torch.float32)
+        d_response_B111F = d_scale_B111F * gamma_F
+        shared_B1111 = (d_response_B111F * response_B111F).mean(-1, keepdim=True)
+        d_norm_B111F = (d_response_B111F - shared_B1111) / mean_B1111
+        slope_B111F = torch.where(norm_B111F > 0, d_norm_B111F / norm_B111F, 0)  # a silent channel: the norm is at rest
+        d_x_BVQQF = torch.mul(grad_BVQQF, scale_B111F.to(grad_BVQQF.dtype))
+        d_x_BVQQF = d_x_BVQQF.addcmul_(x_BVQQF, slope_B111F.to(x_BVQQF.dtype))
+        d_gamma_F = (d_scale_B111F * response_B111F).sum((0, 1, 2, 3))
+        return d_x_BVQQF, d_gamma_F, grad_BVQQF.sum((0, 1, 2, 3), dtype=torch.float32), None
+
+
+class GRN(nn.Module):
+    """Global response normalisation of ConvNeXt V2 (arXiv:2301.00808, section 3.2), per image, over its visible cells.
+
+    With G the L2 norm of a channel over all cells of an image, and N = G / (mean of G over channels + eps):
+    y = gamma x N + beta + x.  gamma and beta (F,) start at 0, which makes it the identity.
+    """
+
+    def __init__(self, channels: int, eps: float = EPS) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.zeros(channels))
+        self.beta = nn.Parameter(torch.zeros(channels))
+
+    def forward(self, x_BVQQF: Tensor) -> Tensor:
+        return _GlobalResponse.apply(x_BVQQF, self.gamma, self.beta, self.eps)  # type: ignore[return-value]
+
+
+class Block(nn.Module):
+    """A ConvNeXt V2 block: depthwise 7x7, LayerNorm, widen, GELU (exact), GRN, narrow, plus the input."""
+
+    def __init__(self, channels: int, grn_eps: float = EPS) -> None:
+        super().__init__()
+        self.dwconv = DepthwiseConv(channels)
+        self.norm = LayerNorm(channels)
+        self.pwconv1 = nn.Linear(channels, MLP_RATIO * channels)
+        self.grn = GRN(MLP_RATIO * channels, grn_eps)
+        self.pwconv2 = nn.Linear(MLP_RATIO * channels, channels)
+
+    def forward(self, x_BVQQD: Tensor, layout: Layout) -> Tensor:
+        y_BVQQD = self.norm(self.dwconv(x_BVQQD, layout))
+        y_BVQQF = self.grn(functional.gelu(self.pwconv1(y_BVQQD)))
+        return x_BVQQD + self.pwconv2(y_BVQQF)

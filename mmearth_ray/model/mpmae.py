@@ -1,0 +1,95 @@
+"""MP-MAE (arXiv:2405.02771): see a few patches of an image, predict all modalities where it is hidden.
+
+Shapes: B images, C bands, H x W pixels, V visible and N hidden patches, P pixels along the side of a patch.
+"""
+
+from fnmatch import fnmatchcase
+
+import torch
+from torch import Tensor, nn
+
+from mmearth_ray.modalities import Modality
+from mmearth_ray.model.decoder import Decoder
+from mmearth_ray.model.encoder import Encoder, Stem, build_encoder, check_image_size
+
+# Weights that the published code leaves at its library's default of 1.0: those of the sparse depthwise convolutions and
+# matrices, and of all its dense convolutions, to which the projection and the heads of maps belong there
+# (github.com/vishalned/MMEarth-train, models/fcmae.py, FCMAE._init_weights).
+PUBLISHED_WIDE = (
+    "encoder.stem.0.weight",
+    "encoder.stages.*.dwconv.weight",
+    "encoder.stages.*.pwconv[12].weight",
+    "decoder.projection.weight",
+    "decoder.blocks.*.dwconv.weight",
+    "decoder.pixel_heads.*.weight",
+)
+WIDE: dict[str, tuple[str, ...]] = {"uniform": (), "published": PUBLISHED_WIDE}
+
+
+class MPMAE(nn.Module):
+    """The encoder and the decoder, one after the other."""
+
+    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+        super().__init__()
+        self.encoder = encoder
+        self.decoder = decoder
+
+    def forward(self, image_BCHW: Tensor, visible_BV: Tensor, hidden_BN: Tensor) -> dict[str, Tensor]:
+        """Predictions by modality: maps (B, N, P P, outputs) at the patches `hidden_BN`, image level (B, outputs).
+
+        Patches are row-major int64 indices; any may be asked for in place of the hidden ones, visible ones as well.
+        """
+        features_BVD = self.encoder(image_BCHW, visible_BV).flatten(1, 3)
+        return self.decoder(features_BVD, visible_BV, hidden_BN, self.grid(image_BCHW))
+
+    def grid(self, image_BCHW: Tensor) -> tuple[int, int]:
+        """Rows and columns of patches in an image."""
+        height, width = image_BCHW.shape[2:]
+        return height // self.encoder.patch_size, width // self.encoder.patch_size
+
+
+def build_mpmae(
+    *,
+    size: str,
+    in_channels: int,
+    image_size: int,
+    patch_size: int,
+    targets: tuple[Modality, ...],
+    stem: Stem = "modified",
+    decoder_width: int = 512,
+    decoder_depth: int = 1,
+) -> MPMAE:
+    """The model of a published size.  The defaults, width 512 and one block, are the published decoder's.
+
+    Raises ValueError for an unknown size, a patch other than 8, 16 or 32, or an image that is not whole patches.
+    """
+    encoder = build_encoder(size, in_channels, patch_size, stem)
+    check_image_size((image_size,), patch_size)
+    return MPMAE(encoder, Decoder(encoder.width, patch_size, targets, decoder_width, decoder_depth))
+
+
+@torch.no_grad()
+def initialise(model: nn.Module, scheme: str, generator: torch.Generator) -> None:
+    """Set every parameter, in their order, from `generator`.
+
+    | parameter                        | "uniform"             | "published"                                        |
+    |----------------------------------|-----------------------|----------------------------------------------------|
+    | kernels and matrices             | normal, std 0.02      | the same                                           |
+    | those that `PUBLISHED_WIDE` names| normal, std 0.02      | normal, std 1.0, for models made by `build_mpmae`  |
+    | mask token                       | normal, std 0.02      | the same                                           |
+    | LayerNorm scale                  | 1                     | the same                                           |
+    | biases, GRN gamma and beta       | 0                     | the same                                           |
+
+    Normals of kernels and matrices are cut at -2 and 2 (absolute, as in timm's trunc_normal_).  Raises ValueError for an
+    unknown scheme.
+    """
+    if scheme not in WIDE:
+        raise ValueError(f"there is no initialisation '{scheme}'; use one of {', '.join(WIDE)}")
+    for name, parameter in model.named_parameters():
+        if name.endswith("mask_token"):
+            parameter.normal_(0.0, 0.02, generator=generator)
+        elif parameter.ndim > 1:
+            std = 1.0 if any(fnmatchcase(name, pattern) for pattern in WIDE[scheme]) else 0.02
+            nn.init.trunc_normal_(parameter, std=std, a=-2.0, b=2.0, generator=generator)
+        else:
+            parameter.fill_(1.0 if name.endswith("weight") else 0.0)
