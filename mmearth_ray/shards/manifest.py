@@ -93,16 +93,16 @@ def load_manifest(directory: Path, table: tuple[Modality, ...] = TABLE) -> Manif
     except FileNotFoundError as error:
         raise DataError(_why_absent(directory)) from error
     except (OSError, ValueError) as error:
-        raise DataError(f"{path} cannot be read ({error}); restore it, or convert the release again") from error
+        raise DataError(f"{path} cannot be read ({error}); restore it, or build the data set again") from error
     if not isinstance(body, dict):
-        raise DataError(f"{path} is no manifest; restore it, or convert the release again")
+        raise DataError(f"{path} is no manifest; restore it, or build the data set again")
     version = body.get("schema_version")
     if version != SCHEMA_VERSION:
-        raise DataError(f"{directory} has schema version {version}, this program reads {SCHEMA_VERSION}; convert it again")
+        raise DataError(f"{directory} has schema version {version}, this program reads {SCHEMA_VERSION}; build it again")
     if digest_of(body) != body.get("digest"):
-        raise DataError(f"{path} was altered after it was written (its digest does not match); convert the release again")
+        raise DataError(f"{path} was altered after it was written (its digest does not match); build the data set again")
     if body["table_hash"] != table_hash(table):
-        raise DataError(f"{directory} was written with another table of modalities; convert the release again")
+        raise DataError(f"{directory} was written with another table of modalities; build the data set again")
     return Manifest(
         directory=directory,
         name=body["name"],

@@ -1,0 +1,54 @@
+# Everything a fresh machine needs: Python 3.11 to 3.13, make and gcc.  The first target that needs the environment makes it.
+#   make pretrain   install, then pretrain on the embedded data set     make test     the test suite (about 10 minutes)
+#   make lint       ruff and pyright                                    make drills   kill, hang and restart real processes
+#   make bench      measure a training step                             make lock     write the lock file from .venv
+
+VENV := .venv
+PY := $(VENV)/bin/python
+STAMP := $(VENV)/.installed
+USABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info < (3, 14))
+PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
+	$$p -c '$(USABLE)' >/dev/null 2>&1 && echo $$p && break; done)
+
+.PHONY: install pretrain test lint format drills drills-quick bench lock clean
+
+install: $(STAMP)
+
+$(STAMP): requirements.lock pyproject.toml
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 with the venv module was found; install one, or set PYTHON=..."; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	@touch $@
+
+pretrain: $(STAMP)
+	$(PY) -m mmearth_ray.pretrain configs/embedded.yaml
+
+test: $(STAMP)
+	$(PY) -m pytest -q
+
+lint: $(STAMP)
+	$(VENV)/bin/ruff check .
+	$(VENV)/bin/ruff format --check .
+	$(VENV)/bin/pyright
+
+format: $(STAMP)
+	$(VENV)/bin/ruff check --fix .
+	$(VENV)/bin/ruff format .
+
+drills: $(STAMP)
+	$(PY) -m pytest -q -m drill
+
+drills-quick: $(STAMP)
+	$(PY) -m pytest -q -m "drill and not long"
+
+bench: $(STAMP)
+	$(PY) -m benchmarks.bench_step
+
+# +cpu and the like name a local build of the same version
+lock: $(STAMP)
+	(echo "# Exact versions that the project is tested with: written by 'make lock', installed by 'make install'."; \
+	 $(PY) -m pip freeze --exclude-editable | sed 's/+cpu$$//') > requirements.lock
+
+clean:
+	rm -rf $(VENV) data/embedded runs
