@@ -1,0 +1,128 @@
+"""Failures of a running pretraining: workers killed, hung and counted anew; every drill ends with the undisturbed numbers."""
+
+import random
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from command import ENVIRONMENT, SMALL, kill, ledger, losses, metrics, pretrain, pretraining, wait_for, workers_of
+from tiny_earth import make_data_set
+
+pytestmark = pytest.mark.drill
+STEPS = 24
+RUN = (*SMALL, f"train.steps={STEPS}", "train.ledger=true", "checkpoint.every=5", "validate.tiles=0")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data_set(tmp_path_factory.mktemp("data") / "tiny", tiles=90, size=40).directory
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shards: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of two workers that nothing happened to."""
+    run = tmp_path_factory.mktemp("runs") / "undisturbed"
+    done = pretrain(*RUN, f"data.shards={shards}", f"run.directory={run}", "train.workers=2")
+    assert done.returncode == 0, done.stderr
+    assert len(losses(run)) == STEPS
+    return run
+
+
+def assert_as_undisturbed(run: Path, undisturbed: Path, tolerance: float) -> None:
+    assert ledger(run) == ledger(undisturbed)
+    assert [e["step"] for e in metrics(run)] == list(range(1, STEPS + 1))
+    assert losses(run) == pytest.approx(losses(undisturbed), abs=tolerance)
+
+
+def test_a_worker_killed_at_a_random_step_is_replaced_and_nothing_is_lost(
+    shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    at = random.randrange(1, STEPS - 4)
+    with pretraining(*RUN, f"data.shards={shards}", f"run.directory={tmp_path}", "train.workers=2") as process:
+        wait_for(lambda: len(metrics(tmp_path)) >= at, f"step {at}", process)
+        victims = workers_of(process.pid)
+        assert len(victims) == 2
+        kill(random.choice(victims), signal.SIGKILL)
+        assert process.wait(timeout=300) == 0
+    assert_as_undisturbed(tmp_path, undisturbed, 1e-6)
+
+
+def test_a_worker_that_hangs_is_replaced_after_the_timeout(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+    arguments = (*RUN, f"data.shards={shards}", f"run.directory={tmp_path}", "train.workers=2", "train.hang_timeout=15")
+    with pretraining(*arguments) as process:
+        wait_for(lambda: len(metrics(tmp_path)) >= 7, "step 7", process)
+        kill(workers_of(process.pid)[0], signal.SIGSTOP)
+        assert process.wait(timeout=400) == 0
+    assert_as_undisturbed(tmp_path, undisturbed, 1e-6)
+
+
+def test_sigterm_saves_a_checkpoint_and_the_same_command_goes_on(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+    arguments = (*RUN, f"data.shards={shards}", f"run.directory={tmp_path}", "train.workers=2")
+    with pretraining(*arguments) as process:
+        wait_for(lambda: len(metrics(tmp_path)) >= 3, "step 3", process)
+        kill(process.pid, signal.SIGTERM)
+        assert process.wait(timeout=120) == 0
+        output = process.stdout.read() if process.stdout else ""
+    reached = metrics(tmp_path)[-1]["step"]
+    assert reached < STEPS
+    assert (tmp_path / "checkpoints" / f"step-{reached:08d}" / "state.json").exists()
+    assert "the same command resumes" in output
+    assert pretrain(*arguments).returncode == 0
+    assert_as_undisturbed(tmp_path, undisturbed, 1e-6)
+
+
+def test_one_and_four_workers_train_on_the_same_samples_with_the_same_losses(
+    shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    for workers, micro_batch in ((1, 4), (4, 2)):
+        run = tmp_path / f"{workers}"
+        layout = (f"train.workers={workers}", f"train.micro_batch={micro_batch}")
+        done = pretrain(*RUN, f"data.shards={shards}", f"run.directory={run}", *layout)
+        assert done.returncode == 0, done.stderr
+        assert_as_undisturbed(run, undisturbed, 1e-4)
+        assert losses(run)[:20] == pytest.approx(losses(undisturbed)[:20], rel=1e-5)
+
+
+@pytest.mark.long
+def test_a_killed_driver_loses_nothing_before_the_last_checkpoint(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
+    arguments = (*RUN, f"data.shards={shards}", f"run.directory={tmp_path}", "train.workers=2")
+    with pretraining(*arguments) as process:
+        wait_for(lambda: len(metrics(tmp_path)) >= 8, "step 8", process)
+        kill(process.pid, signal.SIGKILL)
+        process.wait()
+    again = pretrain(*arguments)
+    assert again.returncode == 0, again.stderr
+    assert "resuming" in again.stdout
+    assert_as_undisturbed(tmp_path, undisturbed, 1e-6)
+
+
+def test_a_shard_that_breaks_while_training_ends_the_run_with_one_line(tmp_path: Path) -> None:
+    data = make_data_set(tmp_path / "data", tiles=60, size=40)
+    victim = data.directory / data.shards[-1].file
+    content = bytearray(victim.read_bytes())
+    for place in range(20_000, len(content) - 80_000, 5_000):
+        content[place] ^= 0xFF  # past the first row group, before the footer: found only when the maps are read
+    victim.write_bytes(content)
+    done = pretrain(*RUN, f"data.shards={data.directory}", f"run.directory={tmp_path / 'run'}")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines()[-1].startswith("error: cannot read row group")
+    assert "Traceback" not in done.stderr
+
+
+def test_a_cluster_without_a_cpu_for_data_tasks_is_refused_instead_of_waited_for(shards: Path, tmp_path: Path) -> None:
+    ray = str(Path(sys.executable).with_name("ray"))
+    start = [ray, "start", "--head", "--num-cpus=2", "--port=0", "--include-dashboard=false", "--disable-usage-stats"]
+    port_file = tmp_path / "address"
+    started = subprocess.run([*start, f"--temp-dir={tmp_path / 'r'}"], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    port_file.write_text(started.stdout)
+    try:
+        address = next(line for line in started.stdout.splitlines() if "Local node IP" in line)
+        assert address
+        arguments = (*RUN, f"data.shards={shards}", f"run.directory={tmp_path / 'run'}", "train.workers=2", "run.address=auto")
+        done = pretrain(*arguments)
+    finally:
+        subprocess.run([ray, "stop", "--force"], capture_output=True, env=ENVIRONMENT, check=False)
+    assert done.returncode == 2
+    assert "would leave no CPU for data tasks" in done.stderr

@@ -1,0 +1,74 @@
+"""Runs the training loop in real worker processes joined by gloo, without Ray: what Ray Train does, without its start-up."""
+
+import multiprocessing
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from mmearth_ray import config as configuration
+from mmearth_ray.config import Config
+from mmearth_ray.experiment import Experiment, open_experiment
+from mmearth_ray.stream.plan import MicroBatches
+from mmearth_ray.stream.prepare import Batch
+from mmearth_ray.stream.source import Source
+from mmearth_ray.train.loop import Worker, run
+
+
+class Quiet:
+    """A control that shows nothing and asks to stop after `last` steps, if given."""
+
+    def __init__(self, last: int | None = None) -> None:
+        self.last, self.seen = last, 0
+
+    def tell(self, progress: dict[str, Any]) -> None:
+        self.seen = progress["step"]
+
+    def should_stop(self) -> bool:
+        return self.last is not None and self.seen + 1 >= self.last
+
+
+def settings(shards: Path, run_directory: Path, *arguments: str) -> Config:
+    """A configuration small enough for a test: atto on 32 px crops in 16 patches, no figure."""
+    small = ["model.image_size=32", "train.global_batch=8", "train.steps=4", "figure.tiles=0", "model.decoder_width=32"]
+    fixed = [f"data.shards={shards}", f"run.directory={run_directory}"]
+    return configuration.load([*small, *fixed, *arguments])
+
+
+def local_stream(source: Source, ranges: MicroBatches) -> Iterator[Batch]:
+    return source.batches(ranges[i] for i in range(len(ranges)))
+
+
+def train(shards: Path, run_directory: Path, *arguments: str, stop_after: int | None = None) -> Experiment:
+    """Train with one worker per `train.workers`, each a process unless there is only one.  Returns the experiment."""
+    config = settings(shards, run_directory, *arguments)
+    run_directory.mkdir(parents=True, exist_ok=True)
+    if config.train.workers == 1:
+        experiment = open_experiment(config, shards)
+        threads = torch.get_num_threads()
+        run(experiment, Worker(0, 1, torch.device("cpu"), 1), local_stream, Quiet(stop_after))
+        torch.set_num_threads(threads)
+        return experiment
+    store = run_directory / f"rendezvous-{threading.get_ident()}"
+    store.unlink(missing_ok=True)
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_worker, args=(config, shards, rank, str(store), stop_after))
+        for rank in range(config.train.workers)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
+    return open_experiment(config, shards)
+
+
+def _worker(config: Config, shards: Path, rank: int, store: str, stop_after: int | None) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=config.train.workers)
+    worker = Worker(rank, config.train.workers, torch.device("cpu"), 1)
+    run(open_experiment(config, shards), worker, local_stream, Quiet(stop_after))
+    dist.destroy_process_group()
