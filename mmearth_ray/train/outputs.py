@@ -13,7 +13,7 @@ from torch import Tensor
 from mmearth_ray.experiment import Experiment, fixed_settings, versions
 from mmearth_ray.modalities import PRODUCTS
 from mmearth_ray.objective import Objective
-from mmearth_ray.report.figures import draw_reconstruction
+from mmearth_ray.report.reconstruction import draw_reconstruction
 from mmearth_ray.stream.prepare import Batch, valid_mask
 
 EXPORT_FORMAT = 1

@@ -11,7 +11,9 @@ from matplotlib.figure import Figure
 from matplotlib.image import imread
 
 from mmearth_ray.modalities import TABLE, ClassCode, Kind, Level, Modality, get, tasks
-from mmearth_ray.report.figures import build_reconstruction, build_tile, class_colours, draw_reconstruction, draw_tile
+from mmearth_ray.report.colours import class_colours
+from mmearth_ray.report.reconstruction import build_reconstruction, draw_reconstruction
+from mmearth_ray.report.tile import build_tile, draw_tile
 
 SIDE, PATCH = 64, 8
 INPUT = tasks()[0]
@@ -45,9 +47,7 @@ def values(m: Modality, seed: int) -> np.ndarray:
     rng = np.random.default_rng(seed)
     land = relief(seed)
     if m.kind is Kind.CATEGORICAL and m.level is Level.PIXEL:
-        return np.digitize(land, np.quantile(land, np.linspace(0, 1, min(6, len(m.classes)) + 1)[1:-1])).astype(
-            np.int64
-        )
+        return np.digitize(land, np.quantile(land, np.linspace(0, 1, min(6, len(m.classes)) + 1)[1:-1])).astype(np.int64)
     if m.kind is Kind.CATEGORICAL:
         return np.asarray(seed % len(m.classes))
     bounds = m.bounds or ((0, 100),) * len(m.bands)
