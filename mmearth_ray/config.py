@@ -114,7 +114,7 @@ class Config:
     validate: Validate = section(Validate)
     figure: Figure = section(Figure)
     run: Run = section(Run)
-    seed: int = key(0, "seed of weights, order, crops and masks", at_least=0)
+    seed: int = key(0, "seed of weights, order, crops and masks", at_least=0, below=2**63)
 
 
 FIXED_ON_RESUME = (

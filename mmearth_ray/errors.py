@@ -4,6 +4,7 @@
 gives the value, the bound and what to do; commands print that line and nothing else.
 """
 
+import os
 import sys
 from collections.abc import Callable
 
@@ -27,6 +28,9 @@ def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     except (UsageError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
+    except BrokenPipeError:  # the reader of our output (head, less) has what it wanted
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return 130

@@ -119,7 +119,10 @@ def load_statistics(choice: str, manifest: Manifest) -> Statistics:
         loaded = json.loads(Path(choice).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"data.statistics={choice}: cannot be read ({error}); use manifest, release or a JSON file") from error
-    return loaded.get("statistics", loaded)
+    found = loaded.get("statistics", loaded) if isinstance(loaded, dict) else None
+    if not isinstance(found, dict):
+        raise DataError(f"data.statistics={choice}: holds no statistics; use manifest, release or the JSON of a manifest")
+    return found
 
 
 def _training_counts(manifest: Manifest) -> dict[str, dict[str, int]]:

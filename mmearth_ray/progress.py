@@ -43,3 +43,8 @@ def duration(seconds: float) -> str:
     if whole < 3600:
         return f"{whole // 60} min {whole % 60} s"
     return f"{whole // 3600} h {whole % 3600 // 60} min"
+
+
+def counted(count: int, what: str) -> str:
+    """A count and its noun: 1 shard, 1,024 tiles."""
+    return f"{count:,} {what}{'' if count == 1 else 's'}"

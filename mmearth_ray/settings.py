@@ -5,11 +5,13 @@ key all come from the declaration.  No omegaconf object leaves this module.
 """
 
 import difflib
+import math
 import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import MISSING, Field, field, fields, is_dataclass
 from pathlib import Path
-from typing import Any, TypeVar, get_args
+from types import UnionType
+from typing import Any, TypeVar, get_args, get_origin
 
 import yaml
 from omegaconf import OmegaConf
@@ -49,12 +51,15 @@ def load(kind: type[T], files: Sequence[Path], arguments: Sequence[str]) -> T:
     Raises UsageError for a file that cannot be read, an unknown key, a value of the wrong type or out of bounds.
     """
     merged = OmegaConf.structured(kind)
-    for source, layer in [*((str(f), _yaml(f)) for f in files), *((a, _argument(a)) for a in arguments)]:
+    for source, layer in [*((str(f), _yaml(f)) for f in files), *((a, _argument(kind, a)) for a in arguments)]:
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
             raise UsageError(_explain(kind, source, error)) from error
-    settings: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    try:
+        settings: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
+    except OmegaConfBaseException as error:
+        raise UsageError(f"a reference ${{...}} cannot be resolved: {' '.join(str(error).split())}") from error
     check(settings)
     return settings
 
@@ -63,6 +68,10 @@ def check(settings: Any) -> None:
     """Raise UsageError for the first value that its declaration does not allow."""
     for name, entry, value in walk(settings):
         among = entry.metadata.get("among")
+        if isinstance(value, list) and any(isinstance(v, list | dict) for v in value):
+            raise UsageError(f"{name}={value}: must be a list of plain values")
+        if isinstance(value, float) and not math.isfinite(value):
+            raise UsageError(f"{name}={value}: must be a finite number")
         if among is not None and any(v not in among for v in (value if isinstance(value, list) else [value])):
             raise UsageError(f"{name}={value}: must be one of {', '.join(map(str, among))}")
         for limit, bound in entry.metadata.get("limits", {}).items():
@@ -145,23 +154,36 @@ def _yaml(path: Path) -> Any:
     return layer
 
 
-def _argument(argument: str) -> Any:
-    name, equals, _ = argument.partition("=")
+def _argument(kind: type, argument: str) -> Any:
+    name, equals, value = argument.partition("=")
     if not equals or not re.fullmatch(r"[\w.]+", name):
         raise UsageError(f"'{argument}' is not of the form key=value; --help lists the keys")
     try:
+        if _is_text(kind, name) and value not in ("", "null") and value[0] not in "\"'$":
+            layer = OmegaConf.create()  # as it stands: YAML would make 120 of the tile id 12_0
+            OmegaConf.update(layer, name, value)
+            return layer
         return OmegaConf.from_dotlist([argument])
     except (yaml.YAMLError, ValueError, OmegaConfBaseException) as error:
         raise UsageError(f"{argument}: the value cannot be read ({' '.join(str(error).split())})") from error
 
 
+def _is_text(kind: type, name: str) -> bool:
+    """Whether the setting of that name holds text (or null)."""
+    wanted = next((entry.type for known, entry, _ in walk(kind) if known == name), None)
+    return wanted is str or (isinstance(wanted, UnionType) and set(get_args(wanted)) == {str, type(None)})
+
+
 def _explain(kind: type, source: str, error: OmegaConfBaseException) -> str:
     name = str(getattr(error, "full_key", "") or "")
+    if not name:
+        return f"{source}: a section holds keys and values, such as train.steps=100; --help lists the keys"
     known = {n: entry for n, entry, _ in walk(kind)}
+    name = next((n for n, entry in known.items() if get_origin(entry.type) is dict and name.startswith(n + ".")), name)
     if name in known:
         wanted = known[name].type
         readable = getattr(wanted, "__name__", str(wanted)) if not get_args(wanted) else str(wanted)
         return f"{source}: {name} must be of type {readable}; --help tells what it means"
-    close = difflib.get_close_matches(name, known, n=1, cutoff=0.5) or [n for n in known if n.endswith("." + name)][:1]
+    close = [n for n in known if n.endswith("." + name)] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else "--help lists the keys"
     return f"{source}: there is no key '{name}'; {hint}"

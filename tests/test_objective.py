@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from masked_dense import assert_near
+from tensors import assert_near
 from tiny_objective import INPUT, PATCH, SIDE, TARGETS, make_batch, make_objective, make_statistics
 from torch import Tensor
 

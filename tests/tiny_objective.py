@@ -1,7 +1,7 @@
 """A tiny objective over all modalities, and random raw batches for it as the data pipeline would deliver them."""
 
 import torch
-from masked_dense import draw_patches, randomise
+from tensors import draw_patches, randomise
 from torch import Tensor
 
 from mmearth_ray.modalities import PRODUCTS, Kind, Level, Modality, tasks

@@ -142,7 +142,7 @@ class _Tally:
         self.moments = merge_tables([self.moments, block_moments(block, TRAINING_SPLIT, self.table)])
 
     def record(self, file: str, size: int, digest: str) -> ShardRecord:
-        moments = {
+        moments: dict[str, dict[str, list[float]]] = {
             variant: {column: [x.count, x.mean, x.m2, x.low, x.high] if x.count else [0] for column, x in columns.items()}
             for variant, columns in self.moments.items()
         }

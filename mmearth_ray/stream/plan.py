@@ -84,6 +84,8 @@ class MicroBatches:
         return max(0, self.last_step - self.first_step + 1) * self.per_step
 
     def __getitem__(self, index: int) -> tuple[int, int]:
+        if not 0 <= index < len(self):
+            raise IndexError(f"micro-batch {index} of {len(self)}")
         step, part = divmod(index, self.per_step)
         begin = (self.first_step + step - 1) * self.global_batch + self.rank * (self.global_batch // self.workers)
         start = begin + part * self.micro_batch

@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 
 from mmearth_ray.errors import DataError
 from mmearth_ray.modalities import PRODUCTS, Kind, Level, Modality
+from mmearth_ray.shards.schema import column_type
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def read_group(path: Path, group: int, tile_size: int, modalities: tuple[Modalit
             id=batch.column("id").to_pylist(),
             product=np.array([PRODUCTS.index(p) for p in batch.column("product").to_pylist()], np.int8),
             columns={
-                name: _values(batch.column(name).chunk(0), modality, tile_size)
+                name: _values(name, batch.column(name).chunk(0), modality, tile_size)
                 for modality in modalities
                 for name in modality.columns
             },
@@ -61,7 +62,9 @@ def _open(path: Path) -> pq.ParquetFile:
     return pq.ParquetFile(path, page_checksum_verification=True)
 
 
-def _values(column: pa.Array, modality: Modality, tile_size: int) -> np.ndarray:
+def _values(name: str, column: pa.Array, modality: Modality, tile_size: int) -> np.ndarray:
+    if column.type != column_type(modality, tile_size):
+        raise ValueError(f"{name} is {column.type}, not {column_type(modality, tile_size)}")
     if modality.level is Level.PIXEL:
         dtype = np.dtype(modality.dtype).newbyteorder("<")
         start = column.offset * tile_size * tile_size * dtype.itemsize

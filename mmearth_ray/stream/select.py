@@ -110,7 +110,7 @@ def parse(where: str) -> Condition:
         tree = ast.parse(where.strip() or "True", mode="eval").body
     except SyntaxError as error:
         raise UsageError(f"data.where: cannot read \"{where}\" ({error.msg}); write for example split == 'train'") from error
-    return _Parser(where).condition(tree)
+    return _Parser(where.strip()).condition(tree)
 
 
 class _Parser:
@@ -148,7 +148,7 @@ class _Parser:
             inside: Condition = lambda columns: np.array([v in wanted for v in columns[name].tolist()], bool)  # noqa: E731
             if name == "date":
                 inside = lambda columns: np.isin(columns[name], list(wanted))  # noqa: E731
-            return inside if isinstance(op, ast.In) else lambda columns: ~inside(columns)
+            return inside if isinstance(op, ast.In) else lambda columns: _known(columns[name]) & ~inside(columns)
         compare = _COMPARE.get(type(op))
         if compare is None:
             raise self.refuse(left, "is compared in a way that is not understood")
@@ -166,16 +166,16 @@ class _Parser:
     def constant(self, node: ast.expr) -> Any:
         try:
             return ast.literal_eval(node)
-        except ValueError as error:
+        except (TypeError, ValueError) as error:
             raise self.refuse(node, "is no value") from error
 
     def values(self, node: ast.expr) -> list[Any]:
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "file" and len(node.args) == 1:
             path = Path(str(self.constant(node.args[0])))
             try:
-                return path.read_text(encoding="utf-8").split()
-            except OSError as error:
-                raise UsageError(f"data.where: cannot read the list {path}: {error.strerror}") from error
+                return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+            except (OSError, UnicodeDecodeError) as error:
+                raise UsageError(f"data.where: cannot read the list {path}: {error}") from error
         values = self.constant(node)
         if not isinstance(values, list | tuple | set):
             raise self.refuse(node, "is no list")
@@ -186,6 +186,8 @@ class _Parser:
         try:
             if name in ("latitude", "longitude"):
                 return float(value)
+            if name == "date" and not isinstance(value, str):
+                raise TypeError("a number would count days since 1970")
             return np.datetime64(value, "D") if name == "date" else str(value)
         except (TypeError, ValueError) as error:
             raise self.refuse(node, f"cannot be compared with {name}") from error
@@ -194,7 +196,13 @@ class _Parser:
 def _compare(compare: Callable[[Any, Any], Any], column: np.ndarray, value: Any, *, swapped: bool) -> np.ndarray:
     """Elementwise, false where the column is null."""
     if column.dtype != object:
-        known = ~(np.isnat(column) if column.dtype.kind == "M" else np.isnan(column))
-        return known & (compare(value, column) if swapped else compare(column, value))
+        return _known(column) & (compare(value, column) if swapped else compare(column, value))
     pairs = ((value, v) if swapped else (v, value) for v in column)
     return np.array([a is not None and b is not None and compare(a, b) for a, b in pairs], bool)
+
+
+def _known(column: np.ndarray) -> np.ndarray:
+    """Where the column is not null."""
+    if column.dtype == object:
+        return np.array([v is not None for v in column], bool)
+    return ~(np.isnat(column) if column.dtype.kind == "M" else np.isnan(column))

@@ -54,7 +54,5 @@ def open_source(manifest: Manifest, where: str, spec: SampleSpec) -> Source:
         )
     selection = select(manifest, where)
     if not len(selection.rows):
-        raise NothingSelected(
-            f'no tile of {manifest.directory} satisfies "{where}"; `shards inspect` tells what there is'
-        )
+        raise NothingSelected(f'no tile of {manifest.directory} satisfies "{where}"; `shards inspect` tells what there is')
     return Source(manifest.directory, selection, Plan(selection.sizes, spec.seed), spec)

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -67,8 +68,7 @@ def save(run: Path, state: State, weights: dict[str, Tensor], moments: dict[str,
         (incoming / "state.json").write_text(json.dumps(vars(state), indent=1), encoding="utf-8")
         for path in [*incoming.iterdir(), incoming]:
             _flush(path)
-        if final.exists():
-            shutil.rmtree(final)
+        _remove(final)
         incoming.replace(final)
         _flush(final.parent)
     except (OSError, SafetensorError) as error:
@@ -76,8 +76,18 @@ def save(run: Path, state: State, weights: dict[str, Tensor], moments: dict[str,
         raise DataError(f"cannot write the checkpoint {final}: {error}; free space and run the command again") from error
     if keep:
         for old in committed(run)[:-keep]:
-            shutil.rmtree(old, ignore_errors=True)
+            with suppress(OSError):
+                _remove(old)
     return final
+
+
+def _remove(path: Path) -> None:
+    """Take a checkpoint from under its name at once, then delete it: what has the name is always complete."""
+    if path.exists():
+        doomed = path.parent / INCOMING / f"{path.name}.removed"
+        shutil.rmtree(doomed, ignore_errors=True)
+        path.replace(doomed)
+        shutil.rmtree(doomed, ignore_errors=True)
 
 
 def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -191,7 +191,7 @@ class BoardLine:
     def __init__(self, board: Any) -> None:
         self.board = board
         self.progress: dict[str, Any] | None = None
-        self.stop = False
+        self.stop: bool = False
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._keep_up, daemon=True)
         self.thread.start()
@@ -210,7 +210,7 @@ class BoardLine:
     def _keep_up(self) -> None:
         while True:
             last = self.closing.wait(0.5)
-            self.stop = ray.get(self.board.exchange.remote(self.progress))
+            self.stop = bool(ray.get(self.board.exchange.remote(self.progress)))
             if last:
                 return
 

@@ -115,7 +115,9 @@ def test_a_cluster_without_a_cpu_for_data_tasks_is_refused_instead_of_waited_for
     ray = str(Path(sys.executable).with_name("ray"))
     start = [ray, "start", "--head", "--num-cpus=2", "--port=0", "--include-dashboard=false", "--disable-usage-stats"]
     port_file = tmp_path / "address"
-    started = subprocess.run([*start, f"--temp-dir={tmp_path / 'r'}"], capture_output=True, text=True, env=ENVIRONMENT, check=True)
+    started = subprocess.run(
+        [*start, f"--temp-dir={tmp_path / 'r'}"], capture_output=True, text=True, env=ENVIRONMENT, check=True
+    )
     port_file.write_text(started.stdout)
     try:
         address = next(line for line in started.stdout.splitlines() if "Local node IP" in line)

@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 import pytest
 import torch
-from masked_dense import assert_near, draw_patches, randomise
+from tensors import assert_near, draw_patches, randomise
 from torch import Tensor
 from torch.nn import functional
 

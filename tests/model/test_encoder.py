@@ -2,9 +2,10 @@
 
 import pytest
 import torch
-from masked_dense import assert_near, draw_patches, encode, randomise
+from tensors import assert_near, draw_patches, randomise
 from torch import Tensor
 
+from benchmarks.masked_dense import encode
 from mmearth_ray.model.encoder import PATCH_SIZES, SIZES, STEMS, Encoder, Stem, build_encoder
 
 DEPTHS, DIMS = (1, 1, 2, 1), (8, 16, 24, 32)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from masked_dense import assert_near, draw_patches
+from tensors import assert_near, draw_patches
 from torch import Tensor
 from torch.nn import functional
 

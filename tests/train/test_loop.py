@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from processes import Quiet, local_stream, settings, train
 from safetensors.torch import load_file
 from tiny_earth import make_data_set
@@ -13,7 +14,7 @@ from tiny_earth import make_data_set
 from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import build_objective, open_experiment
 from mmearth_ray.train.engine import parameter_groups
-from mmearth_ray.train.loop import run
+from mmearth_ray.train.loop import Worker, run
 
 
 @pytest.fixture(scope="module")
@@ -120,7 +121,7 @@ def test_lines_written_after_the_restored_step_are_dropped(shards: Path, tmp_pat
     train(shards, tmp_path, *recipe)
     assert [entry["step"] for entry in metrics(tmp_path)] == [1, 2, 3, 4]
     assert metrics(tmp_path)[:2] == expected
-    assert "x" not in sum(ledger(tmp_path).values(), [])
+    assert all("x" not in ids for ids in ledger(tmp_path).values())
 
 
 def test_validation_does_not_know_the_number_of_workers(shards: Path, tmp_path: Path) -> None:
@@ -155,10 +156,8 @@ def test_a_modality_without_any_value_has_no_loss_and_does_not_move_its_head(tmp
 def test_a_loss_that_is_not_finite_stops_before_the_weights_are_touched(shards: Path, tmp_path: Path) -> None:
     config = settings(shards, tmp_path, "optimizer.lr=1e18", "schedule.warmup_fraction=0", "checkpoint.every=1")
     experiment = open_experiment(config, shards)
-    from mmearth_ray.train.loop import Worker
-
     with pytest.raises(DataError, match=r"the loss of step \d is not finite"):
-        run(experiment, Worker(0, 1, __import__("torch").device("cpu"), 1), local_stream, Quiet())
+        run(experiment, Worker(0, 1, torch.device("cpu"), 1), local_stream, Quiet())
     for path in (tmp_path / "checkpoints").glob("step-*/model.safetensors"):
         assert all(np.isfinite(tensor.numpy()).all() for tensor in load_file(path).values())
 

@@ -1,6 +1,7 @@
-"""An independent MP-MAE encoder: plain dense convolutions in NCHW, the mask multiplied in after every operation.
+"""The published computation of a sparse encoder in plain torch: dense convolutions, the mask multiplied in after every one.
 
-Reads parameters by name from a dictionary.  Slow and simple; the packed encoder must agree with it.
+Independent of the package: it reads parameters by name from a dictionary.  The baseline that the packed encoder is
+measured against, and must agree with.
 
 Shapes: B images, C channels, H x W pixels or cells, L patches.
 """
@@ -62,26 +63,3 @@ def encode(
             y = masked(functional.gelu(matrix(y, f"{name}.pwconv1")))
             x = x + matrix(grn(y, f"{name}.grn"), f"{name}.pwconv2")
     return x
-
-
-def draw_patches(batch: int, patches: int, visible: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Random ascending indices of visible (B, V) and hidden (B, L - V) patches."""
-    order = torch.stack([torch.randperm(patches, generator=generator) for _ in range(batch)])
-    return order[:, :visible].sort().values, order[:, visible:].sort().values
-
-
-def randomise(module: torch.nn.Module, generator: torch.Generator) -> None:
-    """Parameters of everyday size everywhere, so that no part of a model is switched off by zeros."""
-    with torch.no_grad():
-        for name, parameter in module.named_parameters():
-            fan_in = parameter[0].numel() if parameter.ndim > 1 else 100
-            parameter.normal_(0.0, fan_in**-0.5, generator=generator)
-            if parameter.ndim == 1 and name.endswith("weight"):
-                parameter += 1
-
-
-def assert_near(actual: Tensor, expected: Tensor, tolerance: float, what: str = "") -> None:
-    """|a - b| <= tolerance max(1, |b|), everywhere."""
-    assert actual.shape == expected.shape, what
-    excess = (actual - expected).abs() / expected.abs().clamp(min=1)
-    assert excess.max() <= tolerance, f"{what} differs by {excess.max().item():.2e}"

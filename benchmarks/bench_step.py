@@ -1,0 +1,148 @@
+"""A training step without Ray: tiles per second, its parts, and the packed encoder against the masked-dense one.
+
+    python -m benchmarks.bench_step [key=value ...]      --help lists the keys
+
+Everything is measured in one process, in turn, round after round; ratios are medians of the rounds' own ratios, so that
+a machine whose speed drifts does not move them.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from benchmarks.masked_dense import encode
+from benchmarks.record import circumstances, table, write
+from mmearth_ray import settings
+from mmearth_ray.errors import run_command
+from mmearth_ray.modalities import PRODUCTS, Kind, Level, Modality, tasks
+from mmearth_ray.model.encoder import SIZES, Encoder
+from mmearth_ray.model.mpmae import build_mpmae, initialise
+from mmearth_ray.objective import Objective
+from mmearth_ray.settings import key
+
+TARGETS = tasks()
+INPUT = TARGETS[0]
+
+
+@dataclass(frozen=True)
+class Options:
+    size: str = key("atto", "encoder size", among=tuple(SIZES))
+    shapes: list[str] = key(["56/8", "112/16"], "image and patch size of each measurement, as IMAGE/PATCH")
+    batch: int = key(32, "tiles per step", at_least=1)
+    rounds: int = key(5, "rounds that count, after one that does not", at_least=1)
+    save: bool = key(True, "write the result to benchmarks/results/")
+
+
+def main(arguments: list[str]) -> int:
+    if {"-h", "--help"} & set(arguments):
+        print(f"{__doc__}\n{settings.help_text(Options)}")
+        return 0
+    options = settings.load(Options, [], arguments)
+    about = circumstances("benchmarks.bench_step")
+    rows = [measure(options, *map(int, shape.split("/"))) for shape in options.shapes]
+    print("\n".join(table(rows)))
+    if options.save:
+        print(f"written to {write('step', about, rows)}")
+    return 0
+
+
+def measure(options: Options, image_size: int, patch_size: int) -> dict[str, float | str | int]:
+    """One row: medians over the rounds, in tiles per second, and the share of a step that each part takes."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    objective = build(options.size, image_size, patch_size).to(device)
+    optimizer = torch.optim.AdamW(objective.parameters(), lr=1e-4, fused=True)
+    batch = {name: t.to(device) for name, t in make_batch(options.batch, image_size, patch_size).items()}
+    totals = objective.valid_counts(batch).sum(0)
+    encoder = objective.model.encoder
+    image = objective.readers[INPUT.name](batch).truth
+    parts: dict[str, Callable[[], None]] = {
+        "forward": lambda: _forward(objective, batch, totals),
+        "forward and backward": lambda: objective(batch, totals, 1.0)[0].backward(),
+        "step": lambda: _step(objective, optimizer, batch, totals),
+        "packed encoder": lambda: encoder(image, batch["visible"]).sum().backward(),
+        "masked-dense encoder": lambda: _masked_dense(encoder, options.size, image, batch["visible"], patch_size),
+    }
+    times: dict[str, list[float]] = {name: [] for name in parts}
+    for number in range(options.rounds + 1):
+        for name, part in parts.items():
+            took = _time(part, device)
+            if number:
+                times[name].append(took)
+    rate = {name: options.batch / statistics.median(values) for name, values in times.items()}
+    ratios = [dense / packed for dense, packed in zip(times["masked-dense encoder"], times["packed encoder"], strict=True)]
+    return {
+        "size": options.size, "image/patch": f"{image_size}/{patch_size}", "batch": options.batch,
+        "step tiles/s": rate["step"],
+        "forward ms": 1e3 * statistics.median(times["forward"]),
+        "backward ms": 1e3 * (statistics.median(times["forward and backward"]) - statistics.median(times["forward"])),
+        "optimizer ms": 1e3 * (statistics.median(times["step"]) - statistics.median(times["forward and backward"])),
+        "packed encoder tiles/s": rate["packed encoder"], "masked-dense encoder tiles/s": rate["masked-dense encoder"],
+        "packed / masked-dense": statistics.median(ratios),
+    }  # fmt: skip
+
+
+def _time(part: Callable[[], None], device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    begin = time.perf_counter()
+    part()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - begin
+
+
+def _forward(objective: Objective, batch: dict[str, Tensor], totals: Tensor) -> None:
+    with torch.no_grad():
+        objective(batch, totals, 1.0)
+
+
+def _step(objective: Objective, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor], totals: Tensor) -> None:
+    objective(batch, totals, 1.0)[0].backward()
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+
+
+def _masked_dense(encoder: Encoder, size: str, image: Tensor, visible: Tensor, patch_size: int) -> None:
+    patches = (image.shape[-1] // patch_size) ** 2
+    seen = torch.zeros(len(image), patches, device=image.device).scatter(1, visible, 1.0)
+    encode(dict(encoder.named_parameters()), image, seen, patch_size, SIZES[size].depths).sum().backward()
+
+
+def build(size: str, image_size: int, patch_size: int) -> Objective:
+    """The default objective of that size, initialised."""
+    model = build_mpmae(size=size, in_channels=len(INPUT.bands), image_size=image_size, patch_size=patch_size, targets=TARGETS)
+    initialise(model, "uniform", torch.Generator().manual_seed(0))
+    numbers = {m.name: torch.ones(len(PRODUCTS), len(m.bands)) for m in TARGETS if m.kind is Kind.CONTINUOUS}
+    return Objective(
+        model, input=INPUT, targets=TARGETS, statistics={name: (x * 50, x * 30) for name, x in numbers.items()},
+        normalise_targets=frozenset({INPUT.name}),
+    )  # fmt: skip
+
+
+def make_batch(batch: int, image_size: int, patch_size: int) -> dict[str, Tensor]:
+    """Random raw values in native types, 60 % of patches hidden, nothing missing."""
+    generator = torch.Generator().manual_seed(0)
+    patches = (image_size // patch_size) ** 2
+    order = torch.rand(batch, patches, generator=generator).argsort(1)
+    visible = int(patches * 0.4)
+    made = {m.name: _values(m, batch, image_size, generator) for m in TARGETS}
+    made |= {m.present_column: torch.ones(batch, dtype=torch.bool) for m in TARGETS}
+    made["product"] = torch.zeros(batch, dtype=torch.int8)
+    return made | {"visible": order[:, :visible].sort().values, "hidden": order[:, visible:].sort().values}
+
+
+def _values(m: Modality, batch: int, side: int, generator: torch.Generator) -> Tensor:
+    shape = (batch, *([] if m.kind is Kind.CATEGORICAL else [len(m.bands)]), *([side, side] if m.level is Level.PIXEL else []))
+    if m.kind is Kind.CATEGORICAL:
+        labels = torch.randint(0, m.width, shape, generator=generator)
+        return labels.to(torch.int8 if m.level is Level.PIXEL else torch.int16)
+    return torch.randint(1, 100, shape, generator=generator).to(getattr(torch, m.dtype))
+
+
+if __name__ == "__main__":
+    sys.exit(run_command(main, sys.argv[1:]))
