@@ -40,7 +40,8 @@ def main(arguments: list[str]) -> int:
         state = checkpoint.load_state(found)
         check_resume(experiment, state.settings, state.identity, experiment.run)
         if state.step >= experiment.last_step and (experiment.run / "exported").exists():
-            print(f"{experiment.run} is already at step {state.step:,} of {experiment.steps:,}; nothing left to do")
+            print(f"{experiment.run} is already at step {state.step:,}: nothing left to do")
+            report(experiment, stopped=False)
             return 0
         print(f"resuming {experiment.run} after step {state.step:,}")
     describe(experiment)
@@ -88,9 +89,8 @@ def report(experiment: Experiment, stopped: bool) -> None:
     newest = checkpoint.newest(experiment.run)
     assert newest is not None
     step = checkpoint.load_state(newest).step
-    more = step < experiment.steps
-    print(f"{'stopped' if stopped else 'done'}: step {step:,} of {experiment.steps:,}"
-          + ("; the same command resumes" if more and stopped else ""))  # fmt: skip
+    on = "; the same command resumes" if stopped else "; without train.stop_at the same command goes on"
+    print(f"{'stopped' if stopped else 'done'}: step {step:,} of {experiment.steps:,}{on if step < experiment.steps else ''}")
     print(f"  checkpoint  {newest}")
     print(f"  encoder     {experiment.run / 'exported' / 'encoder.safetensors'}")
     figures = sorted((experiment.run / "figures").glob("*.png"))

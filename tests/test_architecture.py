@@ -33,11 +33,11 @@ ROOT = Path(mmearth_ray.__file__).parent
 MAX_FILE, MAX_FUNCTION = 300, 60
 
 # A room (a module or a sub-package of mmearth_ray) imports from itself and from rooms before it.
-ROOMS = ("", "errors", "modalities", "progress", "settings", "report", "config", "shards", "stream", "model", "losses",
-         "objective", "experiment", "train", "evaluate", "pretrain", "__main__")  # fmt: skip
+ROOMS = ("", "errors", "modalities", "progress", "settings", "cluster", "report", "config", "shards", "stream", "model",
+         "losses", "objective", "experiment", "train", "evaluate", "pretrain", "__main__")  # fmt: skip
 # Packages that only these modules may import, at any scope; a name ending in a dot stands for a whole room.
 ONLY_IN = {
-    "ray": ("shards.build", "stream.pipeline", "train.launch", "evaluate."),
+    "ray": ("cluster", "shards.build", "stream.pipeline", "train.launch", "evaluate."),
     "deepspeed": ("train.engine",),
     "omegaconf": ("settings",),
     "yaml": ("settings",),

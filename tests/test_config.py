@@ -92,7 +92,8 @@ def test_a_micro_batch_that_is_set_is_used() -> None:
 
 def test_the_learning_rate_grows_with_the_global_batch_unless_set_itself() -> None:
     assert learning_rate_of(load(["train.global_batch=4096"])) == pytest.approx(2.4e-3)
-    assert learning_rate_of(load(["train.global_batch=64"])) == pytest.approx(1.5e-4 / 4)
+    assert learning_rate_of(load(["train.global_batch=64", "optimizer.scaling=linear"])) == pytest.approx(1.5e-4 / 4)
+    assert learning_rate_of(load(["train.global_batch=64"])) == pytest.approx(2.4e-3 / 8)
     assert learning_rate_of(load(["train.global_batch=4096", "optimizer.lr=1e-3"])) == 1e-3
 
 

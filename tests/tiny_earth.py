@@ -70,5 +70,6 @@ def _layer(m: Modality, rng: np.random.Generator, size: int) -> np.ndarray:
 
 def _any_valid(m: Modality, layer: np.ndarray) -> np.ndarray:
     if m.kind is Kind.CATEGORICAL:
-        return np.asarray(layer >= 0) if m.level is Level.IMAGE else (m.label_table()[layer] >= 0).any((1, 2, 3))
+        known = layer >= 0 if m.level is Level.IMAGE else (m.label_table()[layer] >= 0).any((1, 2, 3))
+        return np.asarray(known)
     return m.valid(layer).reshape(len(layer), -1).any(1)

@@ -6,8 +6,6 @@ is written and the records go.  A directory that holds another data set is refus
 
 import hashlib
 import json
-import logging
-import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ import numpy as np
 import ray
 from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
+from mmearth_ray.cluster import join_or_start
 from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.modalities import TABLE, Level
 from mmearth_ray.progress import ProgressLine, duration
@@ -136,7 +135,7 @@ def _run(
         for index, (start, stop) in jobs.items():
             yield index, write(out, index, source, start, stop, tile_size, compression)
         return
-    _start_ray(workers)
+    join_or_start(workers)
     task = ray.remote(num_cpus=1, max_retries=3)(_write)
     held = ray.put(source)
     waiting = list(jobs.items())
@@ -154,24 +153,6 @@ def _run(
             ray.cancel(reference)
         if running:  # a cancelled writer removes what it has begun
             ray.wait(list(running), num_returns=len(running), timeout=60)
-
-
-def _start_ray(workers: int) -> None:
-    """Join the cluster that RAY_ADDRESS names, or start a Ray of our own with a CPU per worker, unless one is running."""
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    address = os.environ.get("RAY_ADDRESS")
-    own: dict[str, Any] = {} if address else {"num_cpus": workers, "include_dashboard": False}
-    try:
-        ray.init(log_to_driver=False, logging_level=logging.ERROR, **own)
-    except (ConnectionError, ValueError) as error:
-        if not address:
-            raise
-        reason = " ".join(str(error).split())
-        raise UsageError(
-            f"cannot join the Ray cluster at RAY_ADDRESS={address}: {reason}; unset it or use workers=1"
-        ) from error
 
 
 def _result(reference: Any) -> ShardRecord:

@@ -38,7 +38,7 @@ class ConvertOptions:
     name: str | None = key(None, "name of the data set; null: the release's file stem")
     workers: int = key(0, "parallel tasks; 0: one per CPU", at_least=0)
     seed: int = key(0, "of the shuffle of the rows and of the hold-out", at_least=0, at_most=2**63 - 1)
-    shard_mb: int = key(512, "raw megabytes of a shard, before compression", at_least=1)
+    shard_mb: int = key(128, "raw megabytes of a shard, before compression", at_least=1)
     shard_rows: int = key(0, "tiles of a shard; 0: as many as shard_mb gives", at_least=0)
     compression: str = key("zstd", "of the shards", among=COMPRESSIONS)
     statistics: str = key(

@@ -49,7 +49,9 @@ class DDPEngine:
         self.forward: nn.Module = self.module
         if self.workers > 1:
             devices = [device.index] if device.type == "cuda" else None
-            self.forward = DistributedDataParallel(self.module, device_ids=devices, gradient_as_bucket_view=True)
+            self.forward = DistributedDataParallel(
+                self.module, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
+            )
 
     def loss(self, batch: dict[str, Tensor], totals: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """This micro-batch's part of the global loss, and its sums of errors per target (T,)."""

@@ -19,6 +19,7 @@ from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 
+from mmearth_ray.cluster import join_or_start
 from mmearth_ray.config import Config
 from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.experiment import Experiment
@@ -79,24 +80,13 @@ def launch(experiment: Experiment) -> Outcome:
 
 
 def start_ray(config: Config) -> None:
-    """Join the cluster that the settings or the environment name, or start a Ray of our own on this machine."""
-    if ray.is_initialized():
-        return
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    """Join the cluster of the settings or the environment, or start a Ray with room for data tasks beside the workers."""
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
-    # a worker that does not answer the controller this long is taken for hung and replaced
+    # a worker that does not answer the controller for this long is taken for hung and replaced
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(config.train.hang_timeout))
-    address = config.run.address or os.environ.get("RAY_ADDRESS")
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    if address:
-        try:
-            ray.init(address=address, **quiet)
-        except (ConnectionError, ValueError) as error:
-            raise UsageError(f"cannot join the Ray cluster at run.address={address}: {_last_line(error)}") from error
-        return
     cpus = config.train.workers + max(DATA_CPUS, config.train.workers)
-    ray.init(num_cpus=max(cpus, os.cpu_count() or 1), include_dashboard=False, **quiet)
+    join_or_start(max(cpus, os.cpu_count() or 1), config.run.address)
 
 
 def uses_gpus(config: Config) -> bool:

@@ -1,0 +1,47 @@
+"""Joining a Ray cluster, or starting a Ray of our own on this machine.
+
+Our own Ray listens on the loopback address only, has no dashboard and sends no usage statistics.
+"""
+
+import logging
+import os
+import socket
+from typing import Any
+
+import ray
+
+from mmearth_ray.errors import UsageError
+
+LOOPBACK = "127.0.0.1"
+CONNECT_SECONDS = 10.0
+
+
+def join_or_start(own_cpus: int, address: str = "") -> None:
+    """Join the cluster at `address` or RAY_ADDRESS; without either, start a Ray with that many logical CPUs.
+
+    Does nothing where this process has joined already.  Raises UsageError if the cluster cannot be reached.
+    """
+    if ray.is_initialized():
+        return
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    cluster = address or os.environ.get("RAY_ADDRESS", "")
+    if not cluster or cluster == "local":
+        ray.init(address="local", num_cpus=own_cpus, include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
+        return
+    try:
+        _reach(cluster)
+        ray.init(address=cluster, **quiet)
+    except (OSError, ValueError, RuntimeError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise UsageError(
+            f"cannot join the Ray cluster at {cluster} ({reason}); correct run.address or RAY_ADDRESS, or unset them to start "
+            "a Ray on this machine"
+        ) from error
+
+
+def _reach(cluster: str) -> None:
+    """Raise OSError if nothing answers at host:port; Ray itself would go on trying for minutes."""
+    host, colon, port = cluster.rpartition(":")
+    if colon and port.isdigit() and "/" not in host:
+        socket.create_connection((host, int(port)), CONNECT_SECONDS).close()
