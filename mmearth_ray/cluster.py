@@ -6,6 +6,7 @@ Our own Ray listens on the loopback address only, has no dashboard and sends no 
 import logging
 import os
 import socket
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -31,6 +32,7 @@ def join_or_start(own_cpus: int, address: str = "") -> None:
         return
     try:
         _reach(cluster)
+        _show_token()
         ray.init(address=cluster, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
@@ -38,6 +40,15 @@ def join_or_start(own_cpus: int, address: str = "") -> None:
             f"cannot join the Ray cluster at {cluster} ({reason}); correct run.address or RAY_ADDRESS, or unset them to start "
             "a Ray on this machine"
         ) from error
+
+
+def _show_token() -> None:
+    """Use this user's cluster token if there is one, as `ray start` does; without it such a cluster refuses to answer."""
+    logging.getLogger("ray._private.authentication").setLevel(logging.ERROR)
+    with suppress(ImportError):  # Ray's own function, but no public one: another version may lack it
+        from ray._private.authentication.authentication_token_setup import maybe_enable_token_auth_if_token_available
+
+        maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
 
 
 def _reach(cluster: str) -> None:

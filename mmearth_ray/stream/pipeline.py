@@ -83,12 +83,15 @@ def _configure(share: Share) -> None:
 
 
 def user_error(error: BaseException | None) -> DataError | None:
-    """The DataError behind an error that Ray wrapped, if that is what it was."""
+    """The DataError behind an error that Ray wrapped, if that is what it was.
+
+    A wrapper of Ray's also is an instance of what it wraps, but its text is a traceback: the innermost one counts.
+    """
     seen: set[int] = set()
     while error is not None and id(error) not in seen:
         seen.add(id(error))
-        if isinstance(error, DataError):
-            return DataError(str(error))
         inner: Any = getattr(error, "cause", None)
+        if isinstance(error, DataError) and not isinstance(error, RayError):  # Ray Data appends advice to its text
+            return DataError(str(error).splitlines()[0])
         error = inner if isinstance(inner, BaseException) else error.__cause__ or error.__context__
     return None

@@ -2,12 +2,13 @@
 
 import random
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
-from command import ENVIRONMENT, SMALL, kill, ledger, losses, metrics, pretrain, pretraining, wait_for, workers_of
+from command import ENVIRONMENT, SMALL, descendants, kill, ledger, losses, metrics, pretrain, pretraining, wait_for, workers_of
 from tiny_earth import make_data_set
 
 pytestmark = pytest.mark.drill
@@ -112,19 +113,22 @@ def test_a_shard_that_breaks_while_training_ends_the_run_with_one_line(tmp_path:
 
 
 def test_a_cluster_without_a_cpu_for_data_tasks_is_refused_instead_of_waited_for(shards: Path, tmp_path: Path) -> None:
-    ray = str(Path(sys.executable).with_name("ray"))
-    start = [ray, "start", "--head", "--num-cpus=2", "--port=0", "--include-dashboard=false", "--disable-usage-stats"]
-    port_file = tmp_path / "address"
-    started = subprocess.run(
-        [*start, f"--temp-dir={tmp_path / 'r'}"], capture_output=True, text=True, env=ENVIRONMENT, check=True
-    )
-    port_file.write_text(started.stdout)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2", f"--port={port}"]
+    quiet = ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats"]
+    cluster = subprocess.Popen([*start, *quiet], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
     try:
-        address = next(line for line in started.stdout.splitlines() if "Local node IP" in line)
-        assert address
-        arguments = (*RUN, f"data.shards={shards}", f"run.directory={tmp_path / 'run'}", "train.workers=2", "run.address=auto")
-        done = pretrain(*arguments)
+        assert cluster.stdout
+        for line in cluster.stdout:
+            if "--block" in line:  # the last lines of a start that has gone well
+                break
+        arguments = (*RUN, f"data.shards={shards}", f"run.directory={tmp_path}", "train.workers=2")
+        done = pretrain(*arguments, f"run.address=127.0.0.1:{port}")
     finally:
-        subprocess.run([ray, "stop", "--force"], capture_output=True, env=ENVIRONMENT, check=False)
-    assert done.returncode == 2
-    assert "would leave no CPU for data tasks" in done.stderr
+        for pid in [*descendants(cluster.pid), cluster.pid]:
+            kill(pid, signal.SIGKILL)
+        cluster.communicate()
+    assert done.returncode == 2, done.stderr
+    assert done.stderr.startswith("error: train.workers=2 would leave no CPU for data tasks")
