@@ -18,7 +18,7 @@ from ray.exceptions import RayError
 
 from mmearth_ray.errors import DataError
 from mmearth_ray.stream.plan import MicroBatches
-from mmearth_ray.stream.prepare import Batch
+from mmearth_ray.stream.prepare import Batch, bytes_per_tile
 from mmearth_ray.stream.source import Source
 
 TASKS_PER_WINDOW = 1024
@@ -39,7 +39,8 @@ def stream(source: Source, ranges: MicroBatches, *, tiles_per_task: int, read_ah
     """
     per_task = max(1, tiles_per_task // ranges.micro_batch)
     tasks = -(-len(ranges) // per_task)
-    _configure(share)
+    tiles_ahead = read_ahead * ranges.micro_batch + 2 * max(tiles_per_task, ranges.micro_batch)
+    _configure(share, 2 * tiles_ahead * bytes_per_tile(source.spec))
     for first in range(0, tasks, TASKS_PER_WINDOW):
         count = min(TASKS_PER_WINDOW, tasks - first)
         task_numbers = ray.data.range(count, override_num_blocks=count)
@@ -71,11 +72,17 @@ class _Prepare:
             yield from self.source.batches(self.ranges[number] for number in numbers)
 
 
-def _configure(share: Share) -> None:
-    """Set this process's limits for Ray Data.  Order is kept; nothing is printed; the object store's use is bounded."""
+def _configure(share: Share, wanted_bytes: int) -> None:
+    """Set this process's limits for Ray Data.  Order is kept and nothing is printed.
+
+    Without a tight bound on finished batches, data tasks would fill the object store at a run's start, at full speed, and
+    take the cores from the train workers of a small machine while they do.
+    """
     context = DataContext.get_current()
     context.execution_options.preserve_order = True
-    context.execution_options.resource_limits = ExecutionResources(cpu=share.cpus, object_store_memory=share.object_store_bytes)
+    context.execution_options.resource_limits = ExecutionResources(
+        cpu=share.cpus, object_store_memory=min(share.object_store_bytes, wanted_bytes)
+    )
     context.target_max_block_size = 16 << 20
     context.enable_progress_bars = False
     context.print_on_execution_start = False

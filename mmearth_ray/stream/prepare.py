@@ -158,6 +158,13 @@ _COUNT: dict[Level, Callable[[SampleSpec, Modality, Batch], np.ndarray]] = {
 }
 
 
+def bytes_per_tile(spec: SampleSpec) -> int:
+    """Bytes of a prepared sample, the few that are no map left out."""
+    maps = [m for m in spec.modalities if m.level is Level.PIXEL]
+    widths = [1 if m.kind is Kind.CATEGORICAL else len(m.bands) * np.dtype(m.dtype).itemsize for m in maps]
+    return spec.image_size**2 * sum(widths)
+
+
 def elements(spec: SampleSpec) -> np.ndarray:
     """int64 (T,): target elements per sample that would be counted if nothing were missing; coverage is count / this."""
     hidden = (spec.patches - spec.visible) * spec.patch_size**2

@@ -33,6 +33,10 @@ from mmearth_ray.train.loop import Worker, run
 DATA_CPUS = 2
 """Logical CPUs that a Ray of our own has beside its train workers, at least, so that data tasks always find a place."""
 
+KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
+"""glibc settings of train workers (mallopt(3)).  The loop runs in a thread, whose arena by default gives every large tensor's
+memory back to the kernel and faults it in again: up to half the time of a step on a CPU (benchmarks/NOTES.md)."""
+
 
 @dataclass(frozen=True)
 class Outcome:
@@ -63,6 +67,7 @@ def launch(experiment: Experiment) -> Outcome:
             name=f"mmearth-ray-{os.getpid()}-{int(time.time())}",
             storage_path=str((experiment.run / ".ray").resolve()),
             failure_config=FailureConfig(max_failures=experiment.config.train.max_failures),
+            worker_runtime_env={"env_vars": KEEP_MEMORY},
         ),
     )
     watch = Watch(board, experiment)
