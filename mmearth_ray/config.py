@@ -39,7 +39,9 @@ class Model:
     mask_ratio: float = key(0.6, "share of patches that are hidden", above=0, below=1)
     decoder_width: int = key(512, "channels of the decoder", at_least=1)
     decoder_depth: int = key(1, "blocks of the decoder, shared by all modalities", at_least=1)
-    normalise_targets: list[str] = key([DEFAULT_INPUT], "maps predicted relative to the mean and deviation of their own patch")
+    normalise_targets: list[str] | None = key(
+        None, "maps predicted relative to the mean and deviation of their own patch; null: the input, if it is a target"
+    )
     weighting: str = key("uncertainty", "how the losses add up", among=("uncertainty", "unweighted"))
     init_scheme: str = key("uniform", "initial weights: std 0.02 throughout, or as published", among=("uniform", "published"))
     init: str = key("", "start from these weights: an exported encoder, a checkpoint or its model.safetensors")
@@ -132,7 +134,7 @@ MAX_AUTO_MICRO_BATCH = 64
 
 
 def load(arguments: list[str]) -> Config:
-    """The configuration of a command line: YAML files and key=value arguments, in any order, the latter winning."""
+    """The configuration of a command line: YAML files, later ones winning, then key=value arguments over them all."""
     files = [Path(a) for a in arguments if "=" not in a]
     config = settings.load(Config, files, [a for a in arguments if "=" in a])
     check(config)
@@ -162,10 +164,8 @@ def check(config: Config) -> None:
         )
     if train.steps is not None and train.epochs is not None:
         raise UsageError("give train.steps or train.epochs, not both")
-    chosen = {m.name: m for m in (input_of(config), *targets_of(config))}
-    for name in model.normalise_targets:
-        if name not in chosen or chosen[name].level is not Level.PIXEL or chosen[name].kind is not Kind.CONTINUOUS:
-            raise UsageError(f"model.normalise_targets: {name} is no continuous map among the input and model.targets")
+    input_of(config)
+    normalised_targets(config)
 
 
 def visible_patches(patches: int, mask_ratio: float) -> int:
@@ -219,6 +219,17 @@ def targets_of(config: Config, table: tuple[Modality, ...] = TABLE) -> tuple[Mod
             raise UsageError(f"model.targets: {modality.name} holds bit flags, which no head predicts")
     order = [m.name for m in table]
     return tuple(sorted(chosen, key=lambda m: order.index(m.name)))
+
+
+def normalised_targets(config: Config) -> list[str]:
+    """The targets whose loss is relative to their own patch.  Raises UsageError unless each is a continuous map."""
+    chosen = {m.name: m for m in targets_of(config)}
+    if config.model.normalise_targets is None:
+        return [config.model.input] if config.model.input in chosen else []
+    for name in config.model.normalise_targets:
+        if name not in chosen or chosen[name].level is not Level.PIXEL or chosen[name].kind is not Kind.CONTINUOUS:
+            raise UsageError(f"model.normalise_targets: {name} is no continuous map among model.targets")
+    return config.model.normalise_targets
 
 
 def _chosen(config: Config, name: str, where: str, table: tuple[Modality, ...]) -> Modality:

@@ -4,6 +4,7 @@ Everything that can be wrong with the settings or the data set is found here, be
 """
 
 import dataclasses
+import hashlib
 import json
 import math
 import platform
@@ -17,14 +18,22 @@ import numpy as np
 import torch
 
 from mmearth_ray import __version__, settings
-from mmearth_ray.config import FIXED_ON_RESUME, FREE_ON_RESUME, Config, input_of, targets_of, visible_patches
+from mmearth_ray.config import (
+    FIXED_ON_RESUME,
+    FREE_ON_RESUME,
+    Config,
+    input_of,
+    normalised_targets,
+    targets_of,
+    visible_patches,
+)
 from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.modalities import Kind, table_hash
 from mmearth_ray.model.encoder import Stem
 from mmearth_ray.model.mpmae import build_mpmae, initialise
 from mmearth_ray.objective import Objective, Weighting
 from mmearth_ray.shards.manifest import Manifest, load_manifest
-from mmearth_ray.shards.stats import Statistics, normalisation, require_statistics
+from mmearth_ray.shards.stats import Statistics, checked, normalisation, require_statistics
 from mmearth_ray.stream.prepare import SampleSpec
 from mmearth_ray.stream.select import NothingSelected
 from mmearth_ray.stream.source import Source, open_source
@@ -66,19 +75,25 @@ class Experiment:
 
 def open_experiment(config: Config, shards: Path) -> Experiment:
     """Resolve a configuration against the data set at `shards`.  Raises UsageError and DataError, as they apply."""
-    manifest = load_manifest(shards)
+    config = _anchored(config)
+    manifest = load_manifest(shards.resolve())
     entry, targets = input_of(config), targets_of(config)
     modalities = (*targets, entry)
     statistics = load_statistics(config.data.statistics, manifest)
     origin = "the manifest" if config.data.statistics == "manifest" else f"data.statistics={config.data.statistics}"
-    require_statistics(statistics, _training_counts(manifest), modalities, origin)
+    require_statistics(statistics, manifest.training_counts, modalities, origin)
     arrays = {m.name: normalisation(statistics, m) for m in modalities if m.kind is Kind.CONTINUOUS}
+    if not np.isfinite(arrays[entry.name][0]).any():
+        raise DataError(
+            f"{origin} has no statistics of the input {entry.name}: {manifest.directory} has no tile of split 'train' with "
+            "valid values of it; use data.statistics=release or a JSON file"
+        )
     patches = (config.model.image_size // config.model.patch_size) ** 2
     spec = SampleSpec(
         dataset=manifest.name, seed=config.seed, tile_size=manifest.tile_size,
         image_size=config.model.image_size, patch_size=config.model.patch_size,
         visible=visible_patches(patches, config.model.mask_ratio), input=entry, targets=targets,
-        normalise_targets=frozenset(config.model.normalise_targets) & {m.name for m in targets},
+        normalise_targets=frozenset(normalised_targets(config)),
         known={name: np.isfinite(mean) for name, (mean, _) in arrays.items()},
     )  # fmt: skip
     source = open_source(manifest, config.data.where, spec)
@@ -87,8 +102,29 @@ def open_experiment(config: Config, shards: Path) -> Experiment:
         source=source,
         held_out=_held_out(config, manifest, spec),
         statistics=arrays,
-        identity={"data": manifest.digest, "table": table_hash()},
+        identity={
+            "data": manifest.digest,
+            "table": table_hash(),
+            "samples": _digest(source.selection.shard, source.selection.group, source.selection.rows, source.selection.ends),
+            "statistics": _digest(*(array for name in sorted(arrays) for array in arrays[name])),
+        },
     )
+
+
+def _anchored(config: Config) -> Config:
+    """The configuration with absolute paths, since workers have other working directories, and targets in table order."""
+    run = dataclasses.replace(config.run, directory=str(Path(config.run.directory).expanduser().resolve()))
+    init = str(Path(config.model.init).expanduser().resolve()) if config.model.init else ""
+    model = dataclasses.replace(config.model, init=init, targets=[m.name for m in targets_of(config)])
+    return dataclasses.replace(config, run=run, model=model)
+
+
+def _digest(*arrays: np.ndarray) -> str:
+    """SHA-256 of the arrays' types, shapes and bytes."""
+    total = hashlib.sha256()
+    for array in arrays:
+        total.update(f"{array.dtype}{array.shape}".encode() + np.ascontiguousarray(array).tobytes())
+    return total.hexdigest()
 
 
 def _with_steps(config: Config, samples: int) -> Config:
@@ -102,7 +138,7 @@ def _held_out(config: Config, manifest: Manifest, spec: SampleSpec) -> Source | 
     if not config.validate.tiles:
         return None
     try:
-        return open_source(manifest, config.data.validate_where, spec)
+        return open_source(manifest, config.data.validate_where, spec, key="data.validate_where")
     except NothingSelected:
         return None
 
@@ -119,31 +155,23 @@ def load_statistics(choice: str, manifest: Manifest) -> Statistics:
         loaded = json.loads(Path(choice).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise DataError(f"data.statistics={choice}: cannot be read ({error}); use manifest, release or a JSON file") from error
-    found = loaded.get("statistics", loaded) if isinstance(loaded, dict) else None
-    if not isinstance(found, dict):
-        raise DataError(f"data.statistics={choice}: holds no statistics; use manifest, release or the JSON of a manifest")
-    return found
+    found = loaded.get("statistics", loaded) if isinstance(loaded, dict) else loaded
+    return checked(found, f"data.statistics={choice}")
 
 
-def _training_counts(manifest: Manifest) -> dict[str, dict[str, int]]:
-    """{variant: {column: valid training values}}"""
-    counts: dict[str, dict[str, int]] = {}
-    for shard in manifest.shards:
-        for variant, columns in shard.moment_table().items():
-            for column, moments in columns.items():
-                mine = counts.setdefault(variant, {})
-                mine[column] = mine.get(column, 0) + moments.count
-    return counts
+ENCODER = "model.encoder."
+"""Prefix of the encoder's parameters in the objective's."""
 
 
-def build_objective(experiment: Experiment) -> Objective:
-    """The model with its initial weights, its normaliser and its losses: the same on every worker."""
+def build_objective(experiment: Experiment, *, initial: bool = True) -> Objective:
+    """The model with its initial weights (unless told not to), its normaliser and its losses: the same on every worker."""
     model, spec = experiment.config.model, experiment.spec
     network = build_mpmae(
         size=model.size, in_channels=len(spec.input.bands), image_size=model.image_size, patch_size=model.patch_size,
         targets=spec.targets, stem=cast(Stem, model.stem), decoder_width=model.decoder_width, decoder_depth=model.decoder_depth,
     )  # fmt: skip
-    initialise(network, model.init_scheme, torch.Generator().manual_seed(experiment.config.seed))
+    if initial:
+        initialise(network, model.init_scheme, torch.Generator().manual_seed(experiment.config.seed))
     return Objective(
         network,
         input=spec.input,
@@ -174,7 +202,12 @@ def check_resume(experiment: Experiment, found: dict[str, Any], identity: dict[s
                 f"{where} was trained with {name}={found[name]}, this command says {value}; "
                 "set it back, or start another run with another run.directory"
             )
-    meanings = {"data": "another data set (data.shards)", "table": "another table of modalities"}
+    meanings = {
+        "data": "another data set (data.shards)",
+        "table": "another table of modalities",
+        "samples": "another choice of tiles (a list that data.where names has changed)",
+        "statistics": "other band statistics (data.statistics)",
+    }
     for name, digest in experiment.identity.items():
         if identity.get(name) != digest:
             raise UsageError(f"{where} was trained on {meanings[name]}; set it back, or use another run.directory")

@@ -4,17 +4,22 @@ Reads the settings, resolves them against the data set, checks that a run direct
 same run, and hands the experiment to the workers.  Running the same command again resumes.
 """
 
+import fcntl
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from mmearth_ray import config as configuration
 from mmearth_ray import settings
 from mmearth_ray.config import EMBEDDED, Config
-from mmearth_ray.errors import DataError, run_command
+from mmearth_ray.errors import DataError, UsageError, run_command
 from mmearth_ray.experiment import Experiment, check_resume, open_experiment, versions
 from mmearth_ray.shards.write import atomic_text, write_failure
 from mmearth_ray.train import checkpoint
+from mmearth_ray.train.initial import check_initial
+from mmearth_ray.train.outputs import outputs_are_of
 
 EMBEDDED_DIRECTORY = Path("data/embedded")
 
@@ -22,7 +27,8 @@ USAGE = """Pretrain a ConvNeXt V2 encoder with MP-MAE.
 
 usage: python -m mmearth_ray.pretrain [CONFIG.yaml ...] [key=value ...]
 
-Later settings win over earlier ones.  The same command again resumes from the newest checkpoint in run.directory.
+key=value wins over files, a later file over an earlier one.  The same command again resumes from the newest checkpoint in
+run.directory.
 Exit codes: 0 done (or saved and stopped), 1 bad data, 2 a wrong command or setting.
 
 """
@@ -39,18 +45,38 @@ def main(arguments: list[str]) -> int:
     if found:
         state = checkpoint.load_state(found)
         check_resume(experiment, state.settings, state.identity, experiment.run)
-        if state.step >= experiment.last_step and (experiment.run / "exported").exists():
+        if state.step >= experiment.last_step and outputs_are_of(experiment.run, state.step):
             print(f"{experiment.run} is already at step {state.step:,}: nothing left to do")
             report(experiment, stopped=False)
             return 0
-        print(f"resuming {experiment.run} after step {state.step:,}")
-    describe(experiment)
+    else:
+        check_initial(experiment)
+    with locked(experiment.run):
+        from mmearth_ray.train.launch import launch, start_ray  # Ray takes seconds to import; errors above need not wait
 
-    from mmearth_ray.train.launch import launch  # Ray takes seconds to import; errors above come without the wait
-
-    outcome = launch(experiment)
-    report(experiment, outcome.stopped)
+        share = start_ray(experiment.config)
+        describe(experiment)
+        if found:
+            print(f"resuming {experiment.run} after {found.name}")
+        stopped = launch(experiment, share)
+    report(experiment, stopped)
     return 0
+
+
+@contextmanager
+def locked(run: Path) -> Iterator[None]:
+    """Hold the run directory for this command alone.  Raises DataError if it cannot be made, UsageError if another holds it."""
+    try:
+        run.mkdir(parents=True, exist_ok=True)
+        file = (run / ".lock").open("w")
+    except OSError as error:
+        raise DataError(write_failure(run, error)) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"another command is training in {run}; wait for it, or use another run.directory") from error
+        yield
 
 
 def shards_of(config: Config) -> Path:
@@ -67,11 +93,7 @@ def shards_of(config: Config) -> Path:
 
 
 def describe(experiment: Experiment) -> None:
-    """Create the run directory and write down what the run is: `config.yaml` and `run.json`."""
-    try:
-        experiment.run.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise DataError(write_failure(experiment.run, error)) from error
+    """Write down what the run is, in `config.yaml` and `run.json`, and say it."""
     atomic_text(experiment.run / "config.yaml", settings.to_yaml(experiment.config))
     facts = {"versions": versions(), "identity": experiment.identity, "data_set": experiment.spec.dataset}
     atomic_text(experiment.run / "run.json", json.dumps(facts, indent=1) + "\n")
@@ -87,7 +109,8 @@ def describe(experiment: Experiment) -> None:
 def report(experiment: Experiment, stopped: bool) -> None:
     """Say what the run left behind."""
     newest = checkpoint.newest(experiment.run)
-    assert newest is not None
+    if newest is None:
+        raise DataError(f"training ended without a checkpoint in {experiment.run}; is it on storage that all workers share?")
     step = checkpoint.load_state(newest).step
     on = "; the same command resumes" if stopped else "; without train.stop_at the same command goes on"
     print(f"{'stopped' if stopped else 'done'}: step {step:,} of {experiment.steps:,}{on if step < experiment.steps else ''}")

@@ -159,8 +159,8 @@ def _argument(kind: type, argument: str) -> Any:
     if not equals or not re.fullmatch(r"[\w.]+", name):
         raise UsageError(f"'{argument}' is not of the form key=value; --help lists the keys")
     try:
-        if _is_text(kind, name) and value not in ("", "null") and value[0] not in "\"'$":
-            layer = OmegaConf.create()  # as it stands: YAML would make 120 of the tile id 12_0
+        if _is_literal(kind, name, value):
+            layer = OmegaConf.create()
             OmegaConf.update(layer, name, value)
             return layer
         return OmegaConf.from_dotlist([argument])
@@ -168,10 +168,18 @@ def _argument(kind: type, argument: str) -> Any:
         raise UsageError(f"{argument}: the value cannot be read ({' '.join(str(error).split())})") from error
 
 
-def _is_text(kind: type, name: str) -> bool:
-    """Whether the setting of that name holds text (or null)."""
+_QUOTED = re.compile(r"""(?:'(?:[^']|'')*'|"(?:[^"\\]|\\.)*")""")
+"""One whole string in YAML's quotes."""
+
+
+def _is_literal(kind: type, name: str, value: str) -> bool:
+    """Whether the value is text to take as it stands: YAML would make 120 of the tile id 12_0, and null of nothing."""
     wanted = next((entry.type for known, entry, _ in walk(kind) if known == name), None)
-    return wanted is str or (isinstance(wanted, UnionType) and set(get_args(wanted)) == {str, type(None)})
+    if wanted is not str and not (isinstance(wanted, UnionType) and set(get_args(wanted)) == {str, type(None)}):
+        return False
+    if value in ("", "null"):
+        return wanted is str and not value
+    return not value.startswith("$") and not _QUOTED.fullmatch(value)
 
 
 def _explain(kind: type, source: str, error: OmegaConfBaseException) -> str:

@@ -16,11 +16,11 @@ SMALL = ("model.image_size=32", "model.decoder_width=64", "figure.tiles=0", "tra
 WORKER = "ray::RayTrainWorker"
 
 
-def pretrain(*arguments: str, environment: dict[str, str] | None = None) -> subprocess.CompletedProcess[str]:
-    """Run `python -m mmearth_ray.pretrain` to its end."""
+def pretrain(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
+    """Run `python -m mmearth_ray.pretrain` to its end, in `folder` if it is given."""
     return subprocess.run(
         [sys.executable, "-m", "mmearth_ray.pretrain", *arguments],
-        capture_output=True, text=True, timeout=560, env={**ENVIRONMENT, **(environment or {})}, check=False,
+        capture_output=True, text=True, timeout=560, env=ENVIRONMENT, cwd=folder, check=False,
     )  # fmt: skip
 
 

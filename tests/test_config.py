@@ -13,6 +13,7 @@ from mmearth_ray.config import (
     learning_rate_of,
     load,
     micro_batch_of,
+    normalised_targets,
     targets_of,
     visible_patches,
 )
@@ -38,7 +39,7 @@ def test_the_defaults_are_the_published_recipe() -> None:
     assert (config.optimizer.weight_decay, config.schedule.warmup_fraction, config.schedule.min_lr) == (0.05, 40 / 200, 0)
     assert targets_of(config) == tasks()
     assert input_of(config) == tasks()[0]
-    assert config.model.normalise_targets == ["sentinel2"]
+    assert normalised_targets(config) == ["sentinel2"]
 
 
 def test_yaml_and_arguments_may_come_in_any_order_and_arguments_win(tmp_path: Path) -> None:
@@ -119,7 +120,7 @@ def test_the_learning_rate_grows_with_the_global_batch_unless_set_itself() -> No
         (["model.bands.aster=[]"], "model.bands.aster: bands of aster must be distinct and among elevation, slope; got []"),
         (["model.bands.biome=[biome]"], "model.bands.biome: biome is categorical and has no bands to choose"),
         (["model.bands.nothing=[a]"], "model.bands.nothing: there is no modality 'nothing'"),
-        (["model.normalise_targets=[era5]"], "model.normalise_targets: era5 is no continuous map among the input and"),
+        (["model.normalise_targets=[era5]"], "model.normalise_targets: era5 is no continuous map among model.targets"),
         (["model.normalise_targets=[esa_worldcover]"], "model.normalise_targets: esa_worldcover is no continuous map"),
         (["model.normalise_targets=[aster]", "model.targets=[month]"], "model.normalise_targets: aster is no continuous map"),
         (["model.size=giga"], "model.size=giga: must be one of atto, femto, pico, nano, tiny, base, large, huge"),
@@ -143,8 +144,11 @@ def test_targets_come_in_table_order_with_the_bands_chosen() -> None:
     assert input_of(config).bands == ("B10", "B4")
 
 
-def test_the_input_may_be_normalised_by_patch_without_being_a_target() -> None:
-    assert load(["model.targets=[month]"]).model.normalise_targets == ["sentinel2"]
+def test_the_input_is_normalised_by_patch_where_it_is_a_target_unless_told_otherwise() -> None:
+    assert normalised_targets(load(["model.targets=[month]"])) == []
+    assert normalised_targets(load(["model.targets=[month,sentinel2]"])) == ["sentinel2"]
+    assert normalised_targets(load(["model.normalise_targets=[]"])) == []
+    assert normalised_targets(load(["model.input=aster"])) == ["aster"]
 
 
 def test_what_is_fixed_on_resume_names_settings_that_exist() -> None:

@@ -154,7 +154,22 @@ def test_help_says_every_key_its_default_and_its_meaning() -> None:
 
 @pytest.mark.parametrize(
     ("given", "text"),
-    [("12_0", "12_0"), ("1.10", "1.10"), ("true", "true"), ("a: [b", "a: [b"), ("x=y", "x=y"), ("'12'", "12")],
+    [
+        ("12_0", "12_0"),
+        ("1.10", "1.10"),
+        ("true", "true"),
+        ("a: [b", "a: [b"),
+        ("x=y", "x=y"),
+        ("", ""),
+        ("'12'", "12"),
+        ('"a\\"b"', 'a"b'),
+        ("'it''s'", "it's"),
+        ("''", ""),
+        ("'train' == split", "'train' == split"),
+        ("'a' < id < 'b'", "'a' < id < 'b'"),
+        ('"a" != "b"', '"a" != "b"'),
+        ("'", "'"),
+    ],
 )
 def test_text_given_as_an_argument_is_taken_as_it_stands(given: str, text: str) -> None:
     assert load(f"name={given}").name == text

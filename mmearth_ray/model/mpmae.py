@@ -26,6 +26,9 @@ PUBLISHED_WIDE = (
 WIDE: dict[str, tuple[str, ...]] = {"uniform": (), "published": PUBLISHED_WIDE}
 
 
+DECODER_GRN_EPS = 1e-4  # published: the dense decoder's GRN has another eps than the sparse encoder's 1e-6
+
+
 class MPMAE(nn.Module):
     """The encoder and the decoder, one after the other."""
 
@@ -65,7 +68,7 @@ def build_mpmae(
     """
     encoder = build_encoder(size, in_channels, patch_size, stem)
     check_image_size((image_size,), patch_size)
-    return MPMAE(encoder, Decoder(encoder.width, patch_size, targets, decoder_width, decoder_depth))
+    return MPMAE(encoder, Decoder(encoder.width, patch_size, targets, decoder_width, decoder_depth, DECODER_GRN_EPS))
 
 
 @torch.no_grad()

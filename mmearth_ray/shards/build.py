@@ -54,6 +54,7 @@ def build(
 
     `origin` says what is built from what: a directory that was made from anything else is refused with a DataError.
     """
+    out = out.resolve()  # tasks on a joined cluster have another working directory
     plan = {**origin, "tiles": tiles, "tile_size": tile_size, "shard_rows": shard_rows, "compression": compression}
     if (out / MANIFEST).exists():
         manifest = load_manifest(out)

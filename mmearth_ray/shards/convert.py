@@ -20,10 +20,10 @@ from mmearth_ray.modalities import PRODUCTS, TABLE, Kind, Level, Modality, Role
 from mmearth_ray.settings import key
 from mmearth_ray.shards.build import ROW_GROUP, build, file_identity, rows_per_shard
 from mmearth_ray.shards.manifest import Manifest
-from mmearth_ray.shards.read import filler, has_value
+from mmearth_ray.shards.read import filler
 from mmearth_ray.shards.release import READ_ERRORS, Release, open_hdf5, open_release, read_failure
 from mmearth_ray.shards.release_info import Rows
-from mmearth_ray.shards.schema import TileBlock
+from mmearth_ray.shards.schema import TileBlock, has_value
 from mmearth_ray.shards.stats import require_statistics, usable
 from mmearth_ray.shards.write import COMPRESSIONS, TRAINING_SPLIT, tally_valid
 
@@ -135,14 +135,18 @@ class ReleaseTiles:
 def convert(release_directory: Path, out: Path, options: ConvertOptions) -> Manifest:
     """Make a data set in `out` from a published release; an interrupted conversion continues where it stopped.
 
-    Raises DataError, before anything is written, if the release is incomplete or its parts do not fit together.
+    Raises DataError if the release is incomplete or its parts do not fit together: before anything is written for what
+    `open_release` checks, at the shard that holds the tile for what only its layers show (damaged values, labels that are
+    not one-hot or not those of tile_info, values without statistics).  Finished shards then stay; if there are none yet,
+    `out` is left as it was found.
     """
+    release_directory, out = release_directory.resolve(), out.resolve()  # tasks may have another working directory
     release = open_release(release_directory)
     rows = hold_out(release, options)
     for note in release.notes:
         print(f"note: {note}", file=sys.stderr)
     published = release.statistics if options.statistics == "release" else None
-    tiles, h5, file = len(rows), release.files["h5"].resolve(), release.files["band_stats"].name
+    tiles, h5, file = len(rows), release.files["h5"], release.files["band_stats"].name
     order = shuffled(tiles, options.seed)
     name = options.name or release.stem
     origin = {

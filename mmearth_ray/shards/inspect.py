@@ -14,6 +14,7 @@ from mmearth_ray.settings import key
 from mmearth_ray.shards.manifest import Manifest, load_manifest
 from mmearth_ray.shards.read import filler, open_shard, read_block, shard_ids
 from mmearth_ray.shards.schema import TileBlock
+from mmearth_ray.shards.write import write_failure
 
 _SHOWN = ("name", "tiles", "tile_size")
 """Entries of a manifest's origin that the head shows in lines of their own."""
@@ -141,12 +142,16 @@ def tile_facts(block: TileBlock) -> dict[str, str]:
 
 
 def draw(directory: Path, options: InspectOptions) -> str:
-    """Draw a tile into `options.figure` and return its id.  Raises DataError if there is no such tile."""
+    """Draw a tile into `options.figure` and return its id.  Raises DataError if there is no such tile, or no writing there."""
     from mmearth_ray.report.tile import draw_tile  # matplotlib is slow to load, and a table needs none
 
     manifest = load_manifest(directory)
     block = find_tile(manifest, options.tile)
     layers = tile_layers(block, manifest.table, manifest.tile_size)
     title = f"{manifest.name}: tile {block.id[0]}"
-    draw_tile(Path(str(options.figure)), layers, manifest.table, title, tile_facts(block))
+    path = Path(str(options.figure))
+    try:
+        draw_tile(path, layers, manifest.table, title, tile_facts(block))
+    except OSError as error:
+        raise DataError(write_failure(path, error)) from error
     return block.id[0]

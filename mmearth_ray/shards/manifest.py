@@ -5,6 +5,7 @@
 
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -42,13 +43,13 @@ class Manifest:
     @cached_property
     def valid(self) -> dict[str, dict[str, int]]:
         """{variant: {column: valid values}} over all shards and splits."""
-        total: dict[str, dict[str, int]] = {}
-        for shard in self.shards:
-            for variant, columns in shard.valid.items():
-                mine = total.setdefault(variant, {})
-                for column, count in columns.items():
-                    mine[column] = mine.get(column, 0) + count
-        return total
+        return _total(shard.valid for shard in self.shards)
+
+    @cached_property
+    def training_counts(self) -> dict[str, dict[str, int]]:
+        """{variant: {column: valid training values}} of continuous bands: how many values `statistics` are made of."""
+        counts = ({v: {name: m.count for name, m in x.items()} for v, x in s.moment_table().items()} for s in self.shards)
+        return _total(counts)
 
     @property
     def rows(self) -> int:
@@ -74,6 +75,16 @@ class Manifest:
 
     def save(self) -> None:
         atomic_text(self.directory / MANIFEST, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
+
+
+def _total(counts: Iterable[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """The counts of {variant: {column: count}} added up."""
+    total: dict[str, dict[str, int]] = {}
+    for variant, columns in (pair for table in counts for pair in table.items()):
+        mine = total.setdefault(variant, {})
+        for column, count in columns.items():
+            mine[column] = mine.get(column, 0) + count
+    return total
 
 
 def digest_of(body: dict[str, Any]) -> str:

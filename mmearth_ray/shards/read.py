@@ -69,18 +69,6 @@ def shard_ids(manifest: Manifest, record: ShardRecord) -> Iterator[tuple[int, li
                 raise DataError(f"{record.file}: the tile ids cannot be read ({' '.join(str(error).split())})") from error
 
 
-def validity(layer: np.ndarray, modality: Modality) -> np.ndarray:
-    """Where stored values are data, boolean and of the layer's shape: a known class, or a quantity that is not missing."""
-    if modality.kind is Kind.CATEGORICAL:
-        return np.asarray((layer if modality.level is Level.IMAGE else modality.label_table()[layer]) >= 0)
-    return np.asarray(modality.valid(layer))
-
-
-def has_value(layer: np.ndarray, modality: Modality) -> np.ndarray:
-    """bool (n,): tiles with at least one valid value."""
-    return np.asarray(validity(layer, modality).reshape(len(layer), -1).any(axis=1))
-
-
 def filler(modality: Modality, tiles: int, tile_size: int) -> np.ndarray:
     """The layer of tiles that lack it: the modality's first missing value, as the release fills (-inf in float maps)."""
     if modality.level is Level.IMAGE and modality.kind is Kind.CATEGORICAL:

@@ -1,6 +1,6 @@
 """Reading and checking a published MMEarth release: one HDF5 file and three JSON files that share a stem.
 
-Everything here happens before a shard is written, so that a damaged or incomplete release is refused in one line.
+Everything here happens before a shard is written, so that an incomplete release is refused at once and in one line.
 Layout, dtypes and names are those of MMEarth v001 (github.com/vishalned/MMEarth-data, commit 32fe297): every dataset has
 one row per tile, row i of each is the same tile, `metadata[i]` names it, `tile_info` says where and when it was taken.
 """

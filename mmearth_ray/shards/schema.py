@@ -116,3 +116,15 @@ def wkb_points(longitude: np.ndarray, latitude: np.ndarray) -> list[bytes | None
     points["order"], points["type"], points["x"], points["y"] = 1, 1, longitude, latitude
     known = np.isfinite(longitude) & np.isfinite(latitude)
     return [point.tobytes() if ok else None for point, ok in zip(points, known, strict=True)]
+
+
+def validity(layer: np.ndarray, modality: Modality) -> np.ndarray:
+    """Where stored values are data, boolean and of the layer's shape: a known class, or a quantity that is not missing."""
+    if modality.kind is Kind.CATEGORICAL:
+        return np.asarray((layer if modality.level is Level.IMAGE else modality.label_table()[layer]) >= 0)
+    return np.asarray(modality.valid(layer))
+
+
+def has_value(layer: np.ndarray, modality: Modality) -> np.ndarray:
+    """bool (n,): tiles with at least one valid value."""
+    return np.asarray(validity(layer, modality).reshape(len(layer), -1).any(axis=1))

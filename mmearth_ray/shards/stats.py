@@ -5,9 +5,10 @@ Sentinel-2 product where the table says so and "all" elsewhere.  A band without 
 """
 
 import math
+import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -128,6 +129,30 @@ def usable(entry: Mapping[str, Any]) -> bool:
     """Whether one band's statistics can normalise: a finite mean and standard deviation."""
     values = [entry.get("mean"), entry.get("std")]
     return all(isinstance(v, int | float) and math.isfinite(v) for v in values)
+
+
+def checked(loaded: object, origin: str) -> Statistics:
+    """Statistics that come from a user's JSON file.  Raises DataError unless they have the form of this module."""
+    entries: list[tuple[tuple[str, ...], Any]] = [((), loaded)]
+    for holds in ("modalities", "variants", "bands", ""):
+        for names, entry in entries:
+            if not isinstance(entry, dict):
+                what = f"'{_path(names)}' must hold {holds or 'mean and std'}" if names else "holds no statistics"
+                raise DataError(f"{origin}: {what}; use manifest, release or the JSON of a manifest")
+        if holds:
+            entries = [((*names, str(name)), inner) for names, entry in entries for name, inner in entry.items()]
+    for names, entry in entries:
+        for what in ("mean", "std"):
+            value = entry.get(what)
+            number = type(value) is float or (type(value) is int and abs(value) <= sys.float_info.max)
+            if value is not None and not number:
+                raise DataError(f"{origin}: '{_path((*names, what))}' must be a number or null")
+    return cast(Statistics, loaded)
+
+
+def _path(names: tuple[str, ...]) -> str:
+    """Names on one line, whatever a file has put into them."""
+    return " ".join(".".join(names).split())
 
 
 def require_statistics(

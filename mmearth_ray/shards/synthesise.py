@@ -13,14 +13,14 @@ from typing import Any
 import numpy as np
 
 from mmearth_ray import settings
-from mmearth_ray.modalities import TABLE, Kind, Level, Modality
+from mmearth_ray.modalities import TABLE
 from mmearth_ray.shards.build import ROW_GROUP, build, rows_per_shard
 from mmearth_ray.shards.earth import maps, optics, radar
 from mmearth_ray.shards.earth.climate import BLOCK_DEGREES, Climate, block_of, climate_at, columns_of
 from mmearth_ray.shards.earth.landscape import METRES_PER_DEGREE, ground_at
 from mmearth_ray.shards.earth.noise import generator, hashed, key_of
 from mmearth_ray.shards.manifest import Manifest
-from mmearth_ray.shards.schema import TileBlock
+from mmearth_ray.shards.schema import TileBlock, has_value
 from mmearth_ray.shards.write import COMPRESSIONS
 
 NAME = "procedural-earth"
@@ -223,17 +223,8 @@ def _gather(tiles: list[dict[str, Any]]) -> TileBlock:
         latitude=np.array([tile["latitude"] for tile in tiles]),
         longitude=np.array([tile["longitude"] for tile in tiles]),
         layers=layers,
-        present={m.name: _has_values(m, layers[m.name]) for m in TABLE},
+        present={m.name: has_value(layers[m.name], m) for m in TABLE},
     )
-
-
-def _has_values(modality: Modality, layer: np.ndarray) -> np.ndarray:
-    """bool (n,): whether each tile's layer has a valid value."""
-    if modality.kind is Kind.CATEGORICAL:
-        valid = (layer if modality.level is Level.IMAGE else modality.label_table()[layer]) >= 0
-    else:
-        valid = modality.valid(layer)
-    return np.any(np.reshape(valid, (len(layer), -1)), axis=1)
 
 
 def _utm(latitude: float, longitude: float) -> str:

@@ -19,8 +19,8 @@ from mmearth_ray.modalities import Kind, Level, Modality
 from mmearth_ray.progress import ProgressLine, counted, duration
 from mmearth_ray.settings import key
 from mmearth_ray.shards.manifest import MANIFEST, Manifest, load_manifest
-from mmearth_ray.shards.read import has_value, open_shard, read_block, shard_ids, validity
-from mmearth_ray.shards.schema import TileBlock, arrow_schema
+from mmearth_ray.shards.read import open_shard, read_block, shard_ids
+from mmearth_ray.shards.schema import TileBlock, arrow_schema, has_value, validity
 from mmearth_ray.shards.stats import MomentTable, block_moments, merge_tables
 from mmearth_ray.shards.write import TRAINING_SPLIT, ShardRecord, tally_valid
 
@@ -214,10 +214,8 @@ class _Tally:
             values = layer[:, band][valid[:, band]]
             if not values.size or (values.min() >= low and values.max() <= high):
                 continue
-            where = (
-                m.columns[band],
-                f"{low:g} to {high:g} {m.units[band]}".rstrip("1 ") if m.units else f"{low:g} to {high:g}",
-            )
+            unit = f" {m.units[band]}".removesuffix(" 1") if m.units else ""
+            where = m.columns[band], f"{low:g} to {high:g}{unit}"
             self.outside[where] += int(((values < low) | (values > high)).sum())
             least, most = self.extreme.get(where, (math.inf, -math.inf))
             self.extreme[where] = (min(least, float(values.min())), max(most, float(values.max())))

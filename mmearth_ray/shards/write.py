@@ -14,8 +14,8 @@ import numpy as np
 import pyarrow.parquet as pq
 
 from mmearth_ray.errors import DataError
-from mmearth_ray.modalities import PRODUCTS, TABLE, Kind, Level, Modality
-from mmearth_ray.shards.schema import METADATA_FIELDS, TileBlock, arrow_schema, to_record_batch
+from mmearth_ray.modalities import PRODUCTS, TABLE, Level, Modality
+from mmearth_ray.shards.schema import METADATA_FIELDS, TileBlock, arrow_schema, to_record_batch, validity
 from mmearth_ray.shards.stats import ALL, Moments, MomentTable, block_moments, merge_tables
 
 TRAINING_SPLIT = "train"
@@ -167,8 +167,7 @@ def tally_valid(block: TileBlock, table: tuple[Modality, ...] = TABLE) -> dict[s
 
 def count_valid(layer: np.ndarray, modality: Modality) -> dict[str, int]:
     """Valid values per column of the tiles given: maps (n, bands, H, W), vectors (n, bands) or labels (n,)."""
-    if modality.kind is Kind.CATEGORICAL:
-        labels = layer if modality.level is Level.IMAGE else modality.label_table()[layer]
-        return {modality.columns[0]: int((labels >= 0).sum())}
-    valid = modality.valid(layer)
+    valid = validity(layer, modality)
+    if valid.ndim == 1:  # labels: one column
+        valid = valid[:, None]
     return {column: int(valid[:, band].sum()) for band, column in enumerate(modality.columns)}

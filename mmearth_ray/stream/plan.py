@@ -58,16 +58,9 @@ def _epoch(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     return order, np.cumsum(plan.group_sizes[order])
 
 
-def micro_batches(
-    first_step: int, last_step: int, *, global_batch: int, workers: int, rank: int, micro_batch: int
-) -> "MicroBatches":
-    """The position ranges of a worker's micro-batches for steps first..last, in the order they are trained on."""
-    return MicroBatches(first_step, last_step, global_batch, workers, rank, micro_batch)
-
-
 @dataclass(frozen=True)
 class MicroBatches:
-    """A sequence of (start, stop) position ranges, computed on demand."""
+    """The (start, stop) position ranges of a worker's micro-batches for steps first..last, as trained on; made on demand."""
 
     first_step: int
     last_step: int

@@ -54,12 +54,12 @@ class Selection:
         return self.rows[begin : int(self.ends[index])]
 
 
-def select(manifest: Manifest, where: str) -> Selection:
-    """The rows for which `where` holds.
+def select(manifest: Manifest, where: str, key: str = "data.where") -> Selection:
+    """The rows for which `where` holds; errors name it by its setting, `key`.
 
     Raises UsageError for an expression that cannot be read, DataError if a shard is missing or damaged.
     """
-    condition = parse(where)
+    condition = parse(where, key)
     shard, group, rows, counts = [], [], [], []
     for index, record in enumerate(manifest.shards):
         chosen = condition(_metadata(manifest.directory / record.file, record.rows))
@@ -104,24 +104,24 @@ def _array(column: pa.ChunkedArray) -> np.ndarray:
 Condition = Callable[[dict[str, np.ndarray]], np.ndarray]
 
 
-def parse(where: str) -> Condition:
+def parse(where: str, key: str = "data.where") -> Condition:
     """A function from metadata columns to a boolean array.  Raises UsageError, naming what it does not understand."""
     try:
         tree = ast.parse(where.strip() or "True", mode="eval").body
     except SyntaxError as error:
-        raise UsageError(f"data.where: cannot read \"{where}\" ({error.msg}); write for example split == 'train'") from error
-    return _Parser(where.strip()).condition(tree)
+        raise UsageError(f"{key}: cannot read \"{where}\" ({error.msg}); write for example split == 'train'") from error
+    return _Parser(where.strip(), key).condition(tree)
 
 
 class _Parser:
     """Turns the syntax tree of an expression into functions of the columns; anything but comparisons is refused."""
 
-    def __init__(self, where: str) -> None:
-        self.where = where
+    def __init__(self, where: str, key: str) -> None:
+        self.where, self.key = where, key
 
     def refuse(self, node: ast.AST, why: str) -> UsageError:
         part = ast.get_source_segment(self.where, node) or self.where
-        return UsageError(f"data.where: '{part}' {why}; compare {', '.join(COLUMNS)} with values, joined by and, or, not")
+        return UsageError(f"{self.key}: '{part}' {why}; compare {', '.join(COLUMNS)} with values, joined by and, or, not")
 
     def condition(self, node: ast.expr) -> Condition:
         if isinstance(node, ast.BoolOp):
@@ -175,7 +175,7 @@ class _Parser:
             try:
                 return [line.strip() for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
             except (OSError, UnicodeDecodeError) as error:
-                raise UsageError(f"data.where: cannot read the list {path}: {error}") from error
+                raise UsageError(f"{self.key}: cannot read the list {path}: {error}") from error
         values = self.constant(node)
         if not isinstance(values, list | tuple | set):
             raise self.refuse(node, "is no list")

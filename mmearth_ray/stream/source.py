@@ -42,8 +42,8 @@ class Source:
         return read_group(path, int(self.selection.group[group]), self.spec.tile_size, self.spec.modalities)
 
 
-def open_source(manifest: Manifest, where: str, spec: SampleSpec) -> Source:
-    """The source of the tiles for which `where` holds.
+def open_source(manifest: Manifest, where: str, spec: SampleSpec, key: str = "data.where") -> Source:
+    """The source of the tiles for which `where` holds; errors name it by its setting, `key`.
 
     Raises NothingSelected if there is none, UsageError if the tiles are smaller than the crop.
     """
@@ -52,7 +52,7 @@ def open_source(manifest: Manifest, where: str, spec: SampleSpec) -> Source:
             f"model.image_size={spec.image_size} is larger than the {manifest.tile_size} px tiles of {manifest.directory}; "
             f"use at most {manifest.tile_size // spec.patch_size * spec.patch_size}"
         )
-    selection = select(manifest, where)
+    selection = select(manifest, where, key)
     if not len(selection.rows):
         raise NothingSelected(f'no tile of {manifest.directory} satisfies "{where}"; `shards inspect` tells what there is')
     return Source(manifest.directory, selection, Plan(selection.sizes, spec.seed), spec)

@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -118,40 +117,6 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise DataError(f"{path} cannot be read ({error})") from error
 
 
-def initial_weights(path: Path) -> dict[str, Tensor]:
-    """Weights to start from: a checkpoint directory, an exported directory, or a safetensors file."""
-    if path.is_dir():
-        for name in ("model.safetensors", "encoder.safetensors"):
-            if (path / name).exists():
-                return load_tensors(path / name)
-        raise DataError(f"model.init={path}: the directory holds neither model.safetensors nor encoder.safetensors")
-    if not path.exists():
-        raise DataError(f"model.init={path}: there is no such file")
-    return load_tensors(path)
-
-
-def load_initial(module: torch.nn.Module, path: Path, prefix: str) -> list[str]:
-    """Copy the weights of `path` that the module has, and return their names.
-
-    An exported encoder's names lack `prefix`.  Heads of other targets are left as initialised; a tensor of another shape
-    or a file without any weight of the module is a DataError.
-    """
-    given = initial_weights(path)
-    own = dict(module.named_parameters())
-    matched = {}
-    for name, tensor in given.items():
-        target = name if name in own else prefix + name
-        if target in own:
-            if own[target].shape != tensor.shape:
-                raise DataError(
-                    f"model.init={path}: {name} has shape {tuple(tensor.shape)}, this model needs {tuple(own[target].shape)}; "
-                    "model.size, model.patch_size, model.stem and bands must agree"
-                )
-            matched[target] = tensor
-    missing = [name for name in own if name.startswith(prefix) and name not in matched]
-    if missing:
-        raise DataError(f"model.init={path}: {len(missing)} tensors of the encoder are not in it, the first is {missing[0]}")
-    with torch.no_grad():
-        for name, tensor in matched.items():
-            own[name].copy_(tensor)
-    return sorted(matched)
+def clear_incoming(run: Path) -> None:
+    """Remove what a kill left of a checkpoint that was being written."""
+    shutil.rmtree(run / FOLDER / INCOMING, ignore_errors=True)

@@ -65,6 +65,11 @@ class DDPEngine:
             (loss * self.workers).backward()
         return sums
 
+    def gradients_are_finite(self) -> bool:
+        """Whether every gradient is a number; the same answer on every worker, since gradients are summed over them."""
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+
     def step(self, learning_rate: float) -> None:
         """Apply the gradients and clear them."""
         for group in self.optimizer.param_groups:
@@ -90,9 +95,7 @@ class DDPEngine:
             for name, parameter in self.module.named_parameters():
                 parameter.copy_(weights[name])
                 state = {key.split("/", 1)[0]: value for key, value in moments.items() if key.split("/", 1)[1] == name}
-                self.optimizer.state[parameter] = {
-                    kind: value.clone() if kind == "step" else value.to(self.device, copy=True) for kind, value in state.items()
-                }
+                self.optimizer.state[parameter] = {kind: value.to(self.device, copy=True) for kind, value in state.items()}
 
 
 ENGINES = {"ddp": DDPEngine}

@@ -1,6 +1,7 @@
 """Line files of a run (metrics, ledger): one JSON object a step, cut back to the restored step on resume."""
 
 import json
+import math
 import os
 from pathlib import Path
 from types import TracebackType
@@ -40,13 +41,15 @@ def cut_back(run: Path, step: int) -> None:
     for path in [run / METRICS, *sorted((run / LEDGER).glob("rank-*.jsonl"))]:
         if not path.exists():
             continue
-        kept = []
-        for line in path.read_text(encoding="utf-8").splitlines(keepends=True):
-            try:
-                if json.loads(line)["step"] <= step and line.endswith("\n"):
-                    kept.append(line)
-            except (ValueError, KeyError):
-                continue
         temporary = path.with_name(f".{path.name}.tmp")
-        temporary.write_text("".join(kept), encoding="utf-8")
+        with path.open(encoding="utf-8") as old, temporary.open("w", encoding="utf-8") as new:
+            new.writelines(line for line in old if _step_of(line) <= step)
         temporary.replace(path)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line; infinite for one that a kill left unfinished."""
+    try:
+        return json.loads(line)["step"] if line.endswith("\n") else math.inf
+    except (ValueError, KeyError, TypeError):
+        return math.inf

@@ -4,13 +4,14 @@ Ray holds the workers together; what a run has done is on disk.  A worker group 
 checkpoint itself, so neither Ray's checkpoint registry nor its late reports are relied on.
 """
 
+import errno
 import logging
 import os
 import signal
 import threading
 import time
+import traceback
 from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any, cast
 
 import ray
@@ -18,6 +19,7 @@ import torch
 from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
+from safetensors import SafetensorError
 
 from mmearth_ray.cluster import join_or_start
 from mmearth_ray.config import Config
@@ -33,23 +35,22 @@ from mmearth_ray.train.loop import Worker, run
 DATA_CPUS = 2
 """Logical CPUs that a Ray of our own has beside its train workers, at least, so that data tasks always find a place."""
 
+NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
+"""Errors of the run directory that starting again would only meet again."""
+
+BUSY_SECONDS = 60.0
+"""How long to wait for CPUs that other jobs of a cluster hold."""
+
 KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
 """glibc settings of train workers (mallopt(3)).  The loop runs in a thread, whose arena by default gives every large tensor's
 memory back to the kernel and faults it in again: up to half the time of a step on a CPU (benchmarks/NOTES.md)."""
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """How a run ended: the last step that was trained, and whether it was asked to stop."""
+def launch(experiment: Experiment, share: Share) -> bool:
+    """Run the experiment's workers to the end; returns whether they were asked to stop before.
 
-    step: int
-    stopped: bool
-
-
-def launch(experiment: Experiment) -> Outcome:
-    """Run the experiment's workers to the end.  Raises UsageError or DataError, as the driver or a worker met it."""
-    start_ray(experiment.config)
-    share = check_cluster(experiment.config)
+    Raises DataError for what a worker could not do; what it knew is in `error.log` in the run directory.
+    """
     board = ray.remote(num_cpus=0)(Board).remote()
     trainer = TorchTrainer(
         _worker,
@@ -76,22 +77,31 @@ def launch(experiment: Experiment) -> Outcome:
             trainer.fit()
     except Exception as error:
         fatal = watch.fatal or user_error(error)
-        if fatal is not None:
+        if fatal:
             raise DataError(str(fatal)) from error
-        raise DataError(f"training ended after {experiment.config.train.max_failures} restarts: {_last_line(error)}") from error
+        log = experiment.run / "error.log"
+        log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
+        raise DataError(
+            f"training ended after {experiment.config.train.max_failures} restarts: {_last_line(error)}; {log} tells more"
+        ) from error
     if watch.fatal:
         raise DataError(watch.fatal)
-    return Outcome(watch.step, watch.stopping)
+    return watch.stopping
 
 
-def start_ray(config: Config) -> None:
-    """Join the cluster of the settings or the environment, or start a Ray with room for data tasks beside the workers."""
+def start_ray(config: Config) -> Share:
+    """Join the cluster of the settings or the environment, or start a Ray with room for data tasks beside the workers.
+
+    Returns what each worker's data tasks may use.  Raises UsageError if the run does not fit into the cluster.
+    """
     os.environ.setdefault("RAY_TRAIN_ENABLE_PRINT_PATCH", "0")
+    os.environ.setdefault("RAY_CHDIR_TO_TRIAL_DIR", "0")  # workers stay in the driver's directory
     # a worker that does not answer the controller for this long is taken for hung and replaced
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(config.train.hang_timeout))
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     cpus = config.train.workers + max(DATA_CPUS, config.train.workers)
     join_or_start(max(cpus, os.cpu_count() or 1), config.run.address)
+    return check_cluster(config)
 
 
 def uses_gpus(config: Config) -> bool:
@@ -111,8 +121,21 @@ def check_cluster(config: Config) -> Share:
             f"train.workers={workers} would leave no CPU for data tasks: the cluster has {cpus:g}, training needs at least "
             f"{workers + 1}; use fewer train.workers, or a cluster with more CPUs"
         )
+    wait_until_free(workers + 1)
     store = int(resources.get("object_store_memory", 2e9))
     return Share(cpus=(cpus - workers) / workers, object_store_bytes=int(store * 0.5 / workers))
+
+
+def wait_until_free(cpus: int) -> None:
+    """Give other jobs of the cluster a while to free that many CPUs.  Raises UsageError if they do not."""
+    deadline = time.monotonic() + BUSY_SECONDS
+    while (free := ray.available_resources().get("CPU", 0)) < cpus:
+        if time.monotonic() > deadline:
+            raise UsageError(
+                f"only {free:g} CPUs of the cluster are free, this run needs at least {cpus}; wait for other jobs to end, "
+                "or use fewer train.workers"
+            )
+        time.sleep(1)
 
 
 class Board:
@@ -152,7 +175,7 @@ def _worker(settings: dict[str, Any]) -> None:
         rank=context.get_world_rank(),
         workers=context.get_world_size(),
         device=cast(torch.device, get_device()),
-        threads=max(1, (os.cpu_count() or 1) // local),
+        threads=max(1, len(os.sched_getaffinity(0)) // local),
     )
 
     def open_stream(source: Source, ranges: MicroBatches) -> Iterator[Batch]:
@@ -164,6 +187,10 @@ def _worker(settings: dict[str, Any]) -> None:
         run(experiment, worker, open_stream, line or Silent())
     except DataError as error:
         ray.get(board.fail.remote(str(error)))
+        raise
+    except (OSError, SafetensorError) as error:
+        if getattr(error, "errno", None) in NO_WRITING or "No space left" in str(error):
+            ray.get(board.fail.remote(f"cannot write to {experiment.run}: {error}; free space and run the command again"))
         raise
     finally:
         if line:
@@ -211,7 +238,7 @@ class BoardLine:
 
 
 class Watch:
-    """The driver's side while training runs: shows progress, passes SIGTERM and SIGINT on as the wish to save and stop."""
+    """The driver's side while training runs: shows progress, passes SIGTERM on as the wish to save and stop."""
 
     def __init__(self, board: Any, experiment: Experiment) -> None:
         self.board, self.experiment = board, experiment
@@ -245,8 +272,9 @@ class Watch:
                 progress, self.fatal = ray.get(self.board.look.remote(self.stopping))
             except RayError:
                 return
-            if progress and progress["step"] != self.step:
-                started = started or (time.monotonic(), progress["step"])
+            if progress and (last or progress["step"] != self.step):
+                if started is None or progress["step"] < self.step:  # the first, or after a recovery
+                    started = (time.monotonic(), progress["step"])
                 self.step = progress["step"]
                 self.line.show(progress_text(progress, self.experiment.last_step, started), force=last)
             if last:

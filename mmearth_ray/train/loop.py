@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,12 +19,13 @@ from torch import Tensor
 
 from mmearth_ray.config import learning_rate_of, micro_batch_of
 from mmearth_ray.errors import DataError
-from mmearth_ray.experiment import Experiment, build_objective, fixed_settings, versions
+from mmearth_ray.experiment import ENCODER, Experiment, build_objective, fixed_settings, versions
 from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.stream.prepare import Batch, elements
 from mmearth_ray.stream.source import Source
 from mmearth_ray.train import checkpoint
 from mmearth_ray.train.engine import ENGINES, DDPEngine
+from mmearth_ray.train.initial import load_initial
 from mmearth_ray.train.journal import METRICS, Journal, cut_back, ledger_path
 from mmearth_ray.train.outputs import draw_reconstructions, export_encoder
 from mmearth_ray.train.schedule import learning_rate
@@ -59,24 +60,32 @@ OpenStream = Callable[[Source, MicroBatches], Iterator[Batch]]
 
 @dataclass(frozen=True)
 class Sums:
-    """What a step (or a validation) found, over the whole global batch: errors and valid elements per target (T,)."""
+    """What a step (or a validation) found, over the whole global batch: errors and valid elements per target (T,), the
+    weighted loss before the update, and how many tiles."""
 
     errors: Tensor
     counts: Tensor
+    loss: float
     tiles: int
+    applied: bool = True
 
-    def report(self, experiment: Experiment, engine: DDPEngine) -> dict[str, Any]:
-        """Losses (null where nothing was valid), coverage and the weighted loss, as they are logged."""
+    @classmethod
+    def over_workers(cls, errors: Tensor, counts: Tensor, tiles: int, engine: DDPEngine) -> "Sums":
+        """Weigh the errors (summed over this worker's batches) and the counts (of all workers) with the present weights."""
+        errors = _all_sum(errors, engine.device)
         objective = engine.module
         with torch.no_grad():
-            errors, counts = self.errors.float().to(engine.device), self.counts.to(engine.device)
-            total = float(objective.weigh(errors, counts, 1.0, objective.log_variances))
+            parts = errors.float().to(engine.device), counts.to(engine.device)
+            return cls(errors, counts, float(objective.weigh(*parts, 1.0, objective.log_variances)), tiles)
+
+    def report(self, experiment: Experiment) -> dict[str, Any]:
+        """Losses (null where nothing was valid), coverage and the weighted loss, as they are logged."""
         possible = elements(experiment.spec) * self.tiles
         names = [m.name for m in experiment.spec.targets]
         found = zip(names, self.errors.tolist(), self.counts.tolist(), possible.tolist(), strict=True)
         rows = [(name, error / count if count else None, count / most) for name, error, count, most in found]
         return {
-            "loss": total,
+            "loss": self.loss,
             "losses": {name: loss for name, loss, _ in rows},
             "coverage": {name: coverage for name, _, coverage in rows},
         }
@@ -91,8 +100,11 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
     config = experiment.config
     engine = ENGINES[config.train.engine](build_objective(experiment), config.optimizer, worker.device)
     done = _restore(experiment, engine)
+    if _all_sum(torch.tensor([done]), engine.device).item() != done * worker.workers:
+        raise RuntimeError(f"workers found different newest checkpoints in {experiment.run} (this one step {done})")
     if worker.rank == 0:
         cut_back(experiment.run, done)
+        checkpoint.clear_incoming(experiment.run)
     _barrier()
     ranges = MicroBatches(
         done + 1, experiment.last_step, global_batch=config.train.global_batch,
@@ -109,7 +121,11 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
             wait = time.perf_counter() - begin
             rate = _learning_rate(experiment, step)
             sums, stop = _step(engine, batches, worker, rate, control.should_stop() if worker.rank == 0 else False)
-            entry = _entry(experiment, engine, step, sums, rate, wait, time.perf_counter() - begin)
+            if not sums.applied:
+                raise DataError(_not_finite(experiment, step, sums))
+            took = time.perf_counter() - begin
+            speed = {"lr": rate, "tiles_per_second": sums.tiles / took, "data_wait": wait / took}
+            entry = {"step": step, **sums.report(experiment), **speed}
             if ledger:
                 ledger.write({"step": step, "world": worker.workers, "ids": [i for b in batches for i in b["id"].tolist()]})
             if experiment.held_out and (step % config.validate.every == 0 or step == experiment.steps):
@@ -125,14 +141,17 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
                 _draw(experiment, engine, worker, step)
             if stop:
                 break
+    _draw(experiment, engine, worker, saved)
     if worker.rank == 0:
         export_encoder(experiment, engine.module, saved)
-    _draw(experiment, engine, worker, saved)
     _barrier()
 
 
 def _step(engine: DDPEngine, batches: list[Batch], worker: Worker, rate: float, stop: bool) -> tuple[Sums, bool]:
-    """One optimizer step over this worker's micro-batches.  Returns the global sums, and whether any worker wants to stop."""
+    """One optimizer step over this worker's micro-batches.  Returns the global sums, and whether any worker wants to stop.
+
+    A loss or a gradient that is not finite leaves the weights as they are.
+    """
     counts = torch.from_numpy(np.sum([batch["count"].sum(0) for batch in batches], axis=0))
     agreed = _all_sum(torch.cat([counts, torch.tensor([int(stop)])]), engine.device)
     totals, stop = agreed[:-1], bool(agreed[-1])
@@ -141,31 +160,20 @@ def _step(engine: DDPEngine, batches: list[Batch], worker: Worker, rate: float, 
     for number, batch in enumerate(batches, 1):
         tensors = to_device(batch, engine.device)
         errors += engine.backward(tensors, totals.to(engine.device), share, last=number == len(batches)).double().cpu()
-    errors = _all_sum(errors, engine.device)
     tiles = sum(len(batch["id"]) for batch in batches) * worker.workers
-    sums = Sums(errors, totals, tiles)
-    if bool(errors.isfinite().all()):
-        engine.step(rate)
+    sums = Sums.over_workers(errors, totals, tiles, engine)
+    if not np.isfinite(sums.loss) or not engine.gradients_are_finite():
+        return replace(sums, applied=False), stop
+    engine.step(rate)
     return sums, stop
 
 
-def _entry(
-    experiment: Experiment, engine: DDPEngine, step: int, sums: Sums, rate: float, wait: float, took: float
-) -> dict[str, Any]:
-    """The step's line of metrics.  Raises DataError for a loss that is not finite; the step was not applied then."""
-    if not bool(sums.errors.isfinite().all()):
-        names = [m.name for m, e in zip(experiment.spec.targets, sums.errors.tolist(), strict=True) if not np.isfinite(e)]
-        raise DataError(
-            f"the loss of step {step} is not finite ({', '.join(names)}); resume from the last checkpoint with a lower "
-            "optimizer.base_lr in a new run, or check the data with `shards verify`"
-        )
-    return {
-        "step": step,
-        **sums.report(experiment, engine),
-        "lr": rate,
-        "tiles_per_second": sums.tiles / took,
-        "data_wait": wait / took,
-    }
+def _not_finite(experiment: Experiment, step: int, sums: Sums) -> str:
+    names = [m.name for m, e in zip(experiment.spec.targets, sums.errors.tolist(), strict=True) if not np.isfinite(e)]
+    return (
+        f"the loss of step {step} is not finite ({', '.join(names) or 'its gradient'}); nothing was saved after the last "
+        "checkpoint; use a lower optimizer.base_lr in a new run, or check the data with `shards verify`"
+    )
 
 
 def validate(experiment: Experiment, engine: DDPEngine, worker: Worker, held_out: Source) -> dict[str, Any]:
@@ -181,7 +189,7 @@ def validate(experiment: Experiment, engine: DDPEngine, worker: Worker, held_out
             mine = torch.from_numpy(batch["count"].sum(0))
             _, sums = engine.module(to_device(batch, engine.device), mine.to(engine.device), 1.0)
             counts, errors = counts + mine, errors + sums.double().cpu()
-    return Sums(_all_sum(errors, engine.device), _all_sum(counts, engine.device), tiles).report(experiment, engine)
+    return Sums.over_workers(errors, _all_sum(counts, engine.device), tiles, engine).report(experiment)
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -206,7 +214,7 @@ def _restore(experiment: Experiment, engine: DDPEngine) -> int:
         engine.restore(weights, moments)
         return checkpoint.load_state(found).step
     if experiment.config.model.init:
-        checkpoint.load_initial(engine.module, Path(experiment.config.model.init), "model.encoder.")
+        load_initial(engine.module, Path(experiment.config.model.init), ENCODER)
     return 0
 
 

@@ -29,9 +29,21 @@ def export_encoder(experiment: Experiment, objective: Objective, step: int) -> P
     weights = {name: p.detach().cpu().contiguous() for name, p in objective.model.encoder.named_parameters()}
     save_file(weights, incoming / "encoder.safetensors", metadata={"mmearth_ray": json.dumps(description)})
     (incoming / "config.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    shutil.rmtree(folder, ignore_errors=True)
+    removed = experiment.run / ".exported.removed"
+    shutil.rmtree(removed, ignore_errors=True)
+    if folder.exists():
+        folder.replace(removed)
     incoming.replace(folder)
+    shutil.rmtree(removed, ignore_errors=True)
     return folder
+
+
+def outputs_are_of(run: Path, step: int) -> bool:
+    """Whether the exported encoder, which is written last, is that of this step."""
+    try:
+        return json.loads((run / "exported" / "config.json").read_text(encoding="utf-8"))["step"] == step
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def encoder_description(experiment: Experiment, step: int) -> dict[str, Any]:

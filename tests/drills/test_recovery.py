@@ -1,5 +1,6 @@
 """Failures of a running pretraining: workers killed, hung and counted anew; every drill ends with the undisturbed numbers."""
 
+import json
 import random
 import signal
 import socket
@@ -11,6 +12,9 @@ import pytest
 from command import ENVIRONMENT, SMALL, descendants, kill, ledger, losses, metrics, pretrain, pretraining, wait_for, workers_of
 from tiny_earth import make_data_set
 
+from mmearth_ray.modalities import tasks
+
+ALL_TARGETS = [m.name for m in tasks()]
 pytestmark = pytest.mark.drill
 STEPS = 24
 RUN = (*SMALL, f"train.steps={STEPS}", "train.ledger=true", "checkpoint.every=5", "validate.tiles=0")
@@ -97,6 +101,24 @@ def test_a_killed_driver_loses_nothing_before_the_last_checkpoint(shards: Path, 
     assert again.returncode == 0, again.stderr
     assert "resuming" in again.stdout
     assert_as_undisturbed(tmp_path, undisturbed, 1e-6)
+
+
+def test_relative_paths_mean_the_same_to_workers_and_an_old_export_is_made_anew(tmp_path: Path) -> None:
+    make_data_set(tmp_path / "data", tiles=20, size=40, held_out=4)
+    arguments = [*SMALL[:2], "train.global_batch=8", "data.shards=data", "run.directory=runs/a", "train.steps=3"]
+    done = pretrain(*arguments, "validate.every=1", "figure.tiles=1", folder=tmp_path)
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "a"
+    assert all("validation" in entry for entry in metrics(run))
+    assert (run / "figures" / "reconstruction-00000003.png").exists()
+    description = run / "exported" / "config.json"
+    assert json.loads(description.read_text())["step"] == 3
+
+    description.write_text(json.dumps({"step": 1}))  # as if the run had been killed between its checkpoint and its export
+    again = pretrain(*arguments, "figure.tiles=1", "model.targets=" + str(ALL_TARGETS[::-1]).replace("'", ""), folder=tmp_path)
+    assert again.returncode == 0, again.stderr
+    assert json.loads(description.read_text())["step"] == 3
+    assert "nothing left to do" in pretrain(*arguments, folder=tmp_path).stdout
 
 
 def test_a_shard_that_breaks_while_training_ends_the_run_with_one_line(tmp_path: Path) -> None:

@@ -52,6 +52,19 @@ def test_it_makes_every_shard_once(tmp_path: Path) -> None:
     assert source.asked == [0, 4, 8], "a finished data set is not made again"
 
 
+def test_a_relative_directory_is_made_absolute_before_anyone_writes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Moving(Counting):
+        """Changes the working directory, as a task on another machine has another."""
+
+        def blocks(self, start: int, stop: int) -> Iterator[TileBlock]:
+            monkeypatch.chdir("/")
+            return super().blocks(start, stop)
+
+    monkeypatch.chdir(tmp_path)
+    assert make(Path("o"), Moving()).directory == tmp_path / "o"
+    assert (tmp_path / "o" / MANIFEST).exists()
+
+
 def test_it_continues_after_a_failure(tmp_path: Path) -> None:
     out = tmp_path / "o"
     with pytest.raises(DataError, match="tile 9"):

@@ -29,8 +29,8 @@ from mmearth_ray.modalities import TABLE, Kind, Level
 from mmearth_ray.shards.build import BUILDING
 from mmearth_ray.shards.convert import DISPLACED, ConvertOptions, convert, shuffled
 from mmearth_ray.shards.manifest import MANIFEST, Manifest
-from mmearth_ray.shards.read import has_value, open_shard, read_block
-from mmearth_ray.shards.schema import TileBlock
+from mmearth_ray.shards.read import open_shard, read_block
+from mmearth_ray.shards.schema import TileBlock, has_value
 from mmearth_ray.shards.verify import VerifyOptions, verify
 
 TILES = 24
@@ -100,6 +100,14 @@ def test_every_value_survives_and_presence_is_explicit(release: Path, tmp_path: 
             assert block.present["era5"][place] == fixture.has_era5(row)
             assert block.present["sentinel2"][place]
     assert verify(tmp_path / "o", VerifyOptions(sample=1.0)).problems == []
+
+
+def test_damage_that_only_a_layer_shows_keeps_the_finished_shards(copy: Path, tmp_path: Path) -> None:
+    last = int(shuffled(TILES, 0)[-1])
+    hot("biome", last, [1, 1])(copy)
+    with pytest.raises(DataError, match=rf"'biome' of tile '{last}' .* is not one-hot"):
+        convert(copy, tmp_path / "o", options())
+    assert len(list((tmp_path / "o").glob("part-*.parquet"))) == 3
 
 
 def test_published_statistics_come_along_unless_refused(release: Path, tmp_path: Path) -> None:

@@ -54,3 +54,7 @@ def test_a_tile_is_drawn(manifest: Manifest, tmp_path: Path) -> None:
     path = tmp_path / "tile.png"
     assert draw(manifest.directory, InspectOptions(figure=str(path), tile="5")) == "5"
     assert path.read_bytes()[:4] == b"\x89PNG"
+    (tmp_path / "file").write_text("")
+    for wrong, why in (("no/tile.png", "No such file or directory"), ("file/tile.png", "Not a directory")):
+        with pytest.raises(DataError, match=f"^cannot write {tmp_path / wrong}: {why}$"):
+            draw(manifest.directory, InspectOptions(figure=str(tmp_path / wrong)))

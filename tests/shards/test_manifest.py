@@ -34,6 +34,16 @@ def test_it_reads_back_as_it_was_written(data_set: Path) -> None:
     assert manifest.valid["all"]["lat.sin"] == 8
 
 
+def test_training_counts_are_those_of_the_statistics(data_set: Path) -> None:
+    manifest = load_manifest(data_set)
+    counts = manifest.training_counts
+    assert counts["all"]["lat.sin"] == 8
+    for m in TABLE:
+        for variant, bands in manifest.statistics.get(m.name, {}).items():
+            assert [counts[variant][column] for column in m.columns] == [bands[band]["count"] for band in m.bands]
+    assert replace(manifest, shards=()).training_counts == replace(manifest, shards=()).valid == {}
+
+
 def test_every_byte_of_it_is_under_its_digest(copy: Path) -> None:
     path = copy / MANIFEST
     path.write_text(path.read_text().replace('"name": "data_fixture_v001"', '"name": "data_fixture_v002"', 1))

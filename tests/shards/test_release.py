@@ -79,6 +79,11 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "another size": (replaced("dynamic_world", lambda a: a[..., :8]), "'dynamic_world' has shape"),
     "no sentinel2": (edit_hdf5(lambda f: f.pop("sentinel2")), "has no dataset 'sentinel2'"),
     "product": (edit_hdf5(lambda f: f["metadata"].__setitem__(7, (b"7", b"l3"))), r"tile '7' \(row 7\): S2_type is 'l3'"),
+    "product in tile_info only": (
+        lambda d: (
+            replaced("metadata", lambda a: a["tile_id"])(d), edit_json("tile_info", lambda i: i["7"].update(S2_type="L3"))(d)
+        ), r"tile '7' \(row 7\): S2_type is 'l3', expected l"
+    ),
     "two hot": (hot("biome", 8, [1, 1]), r"'biome' of tile '8' \(row 8\) is not one-hot"),
     "not one": (hot("eco_region", 8, [0, 2]), r"'eco_region' of tile '8' \(row 8\) is not one-hot"),
     "other label": (hot("biome", 8, [0, 0, 1]), "biome of tile '8' .* is 2 in .* but 12 in tile_info"),

@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from mmearth_ray.modalities import TABLE, Kind, Level, get, table_hash
-from mmearth_ray.shards.read import filler, has_value, read_block
-from mmearth_ray.shards.schema import TileBlock, arrow_schema, to_record_batch, wkb_points
+from mmearth_ray.shards.read import filler, read_block
+from mmearth_ray.shards.schema import TileBlock, arrow_schema, has_value, to_record_batch, wkb_points
 
 SIZE = 8
 

@@ -9,7 +9,7 @@ from mmearth_ray.errors import DataError
 from mmearth_ray.modalities import TABLE, get
 from mmearth_ray.shards.convert import ConvertOptions, convert
 from mmearth_ray.shards.manifest import load_manifest
-from mmearth_ray.shards.stats import Moments, merge_tables, normalisation, require_statistics
+from mmearth_ray.shards.stats import Moments, checked, merge_tables, normalisation, require_statistics
 
 
 def test_moments_merge_to_those_of_all_values() -> None:
@@ -56,3 +56,29 @@ def test_values_without_statistics_are_an_error_and_statistics_without_values_ar
     bad = {**bands, "slope": {"mean": math.nan, "std": 1.0}}
     with pytest.raises(DataError, match=r"aster\.slope has 12 valid values but here has no finite mean and std"):
         require_statistics({"aster": {"all": bad}}, {"all": {"aster.slope": 12}}, [get("aster")], "here")
+
+
+def test_statistics_of_the_right_form_pass_whatever_they_lack() -> None:
+    for given in ({}, {"x": {}}, {"x": {"all": {"b": {}}}}, {"x": {"all": {"b": {"mean": 1, "std": None}}}},
+                  {"x": {"all": {"b": {"mean": math.nan, "std": 0.5, "count": "many"}}}}):  # fmt: skip
+        assert checked(given, "here") is given
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ([1], "here: holds no statistics; use manifest, release or the JSON of a manifest"),
+        (None, "here: holds no statistics"),
+        ({"x": 5}, "here: 'x' must hold variants; use"),
+        ({"aster": {"mean": [1.0]}}, "here: 'aster.mean' must hold bands; use"),
+        ({"x": {"all": {"b\nc": []}}}, "here: 'x.all.b c' must hold mean and std; use"),
+        ({"x": {"all": {"b": {"mean": "1"}}}}, "here: 'x.all.b.mean' must be a number or null"),
+        ({"x": {"all": {"b": {"mean": 1, "std": True}}}}, "here: 'x.all.b.std' must be a number or null"),
+        ({"x": {"all": {"b": {"mean": 10**400}}}}, "here: 'x.all.b.mean' must be a number or null"),
+    ],
+)
+def test_statistics_of_another_form_are_refused_in_one_line(given: object, message: str) -> None:
+    with pytest.raises(DataError) as caught:
+        checked(given, "here")
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)

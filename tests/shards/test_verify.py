@@ -11,12 +11,12 @@ import pytest
 from release_fixture import write_release
 
 from mmearth_ray.errors import DataError
-from mmearth_ray.modalities import TABLE
+from mmearth_ray.modalities import TABLE, get
 from mmearth_ray.shards.convert import ConvertOptions, convert
 from mmearth_ray.shards.manifest import MANIFEST, Manifest, load_manifest
 from mmearth_ray.shards.read import open_shard, read_block
 from mmearth_ray.shards.schema import TileBlock
-from mmearth_ray.shards.verify import Findings, VerifyOptions, sample, verify
+from mmearth_ray.shards.verify import Findings, VerifyOptions, _Tally, sample, verify
 from mmearth_ray.shards.write import write_shard
 
 SIZE = 8
@@ -136,6 +136,14 @@ def test_row_groups_are_compared(copy: Path) -> None:
 def test_values_that_cannot_be_are_found(copy: Path, change: Callable[[TileBlock], TileBlock], problem: str) -> None:
     rewrite(copy, change)
     assert any(problem in line for line in verify(copy, VerifyOptions()).problems), problem
+
+
+@pytest.mark.parametrize(("unit", "shown"), [("1", "0 to 1.001 "), ("dB", "0 to 1.001 dB "), ("m1", "0 to 1.001 m1 ")])
+def test_bounds_are_told_whole_whatever_their_unit(unit: str, shown: str) -> None:
+    m = replace(get("sentinel1").select(["asc_VV"]), bounds=((0.0, 1.001),), units=(unit,))
+    tally = _Tally()
+    tally._add_ranges(np.full((1, 1, 2, 2), 2, np.float32), m)
+    assert list(tally.problems((m,))) == [f"sentinel1.asc_VV has 4 values outside {shown}(they span 2 to 2)"]
 
 
 def test_codes_without_a_class_are_a_warning(copy: Path) -> None:

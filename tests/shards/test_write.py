@@ -10,8 +10,8 @@ from release_fixture import tile_layers
 
 from mmearth_ray.errors import DataError
 from mmearth_ray.modalities import TABLE, get
-from mmearth_ray.shards.read import filler, has_value
-from mmearth_ray.shards.schema import TileBlock
+from mmearth_ray.shards.read import filler
+from mmearth_ray.shards.schema import TileBlock, has_value
 from mmearth_ray.shards.write import COMPRESSIONS, ShardRecord, atomic_text, count_valid, write_failure, write_shard
 
 SIZE = 16

@@ -5,7 +5,7 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
-from mmearth_ray.stream.plan import MicroBatches, Plan, Slice, micro_batches
+from mmearth_ray.stream.plan import MicroBatches, Plan, Slice
 
 SIZES = (3, 1, 5, 2, 8, 4, 1)
 Place = tuple[int, int, int]  # epoch, group, row
@@ -84,10 +84,7 @@ def test_the_workers_micro_batches_of_a_step_are_its_positions_in_order_for_ever
     for workers in divisors:
         share = global_batch // workers
         for micro in (d for d in divisors if share % d == 0):
-            by_rank = [
-                micro_batches(4, 6, global_batch=global_batch, workers=workers, rank=r, micro_batch=micro)
-                for r in range(workers)
-            ]
+            by_rank = [MicroBatches(4, 6, global_batch, workers, r, micro) for r in range(workers)]
             assert {len(ranges) for ranges in by_rank} == {3 * share // micro}
             for step in (4, 5, 6):
                 mine = [ranges[(step - 4) * ranges.per_step + part] for ranges in by_rank for part in range(ranges.per_step)]

@@ -167,6 +167,12 @@ def test_what_is_not_understood_is_named(where: str, message: str, manifest: Man
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("where", ["split = 'train'", "spilt == 'train'", "id in file('/nowhere/ids.txt')"])
+def test_errors_name_the_setting_that_holds_the_expression(where: str, manifest: Manifest) -> None:
+    with pytest.raises(UsageError, match=r"^data\.validate_where: "):
+        select(manifest, where, key="data.validate_where")
+
+
 def test_a_missing_shard_is_named_with_the_remedy(tmp_path: Path) -> None:
     manifest = make_data_set(tmp_path, tiles=8, size=8)
     shard = tmp_path / manifest.shards[0].file

@@ -105,6 +105,8 @@ def test_only_tiles_that_satisfy_the_expression_are_streamed(manifest: Manifest)
     assert sorted(batch["id"].tolist(), key=int) == ["3", "11", "44", "45", "46", "47", "48", "49"]
     with pytest.raises(NothingSelected, match=r"no tile of .* satisfies \"split == 'test'\"; `shards inspect` tells"):
         open_source(manifest, "split == 'test'", make_spec())
+    with pytest.raises(UsageError, match=r"^data\.validate_where: 'spilt' is no column"):
+        open_source(manifest, "spilt == 'test'", make_spec(), key="data.validate_where")
 
 
 def test_adjacent_ranges_read_each_row_group_once_an_epoch(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -16,7 +16,6 @@ from mmearth_ray.train.checkpoint import (
     State,
     checkpoint_path,
     committed,
-    load_initial,
     load_state,
     load_tensors,
     newest,
@@ -194,49 +193,3 @@ class Net(nn.Module):
 
 def weights_of(module: nn.Module) -> dict[str, Tensor]:
     return {name: p.detach().clone() for name, p in module.named_parameters()}
-
-
-@pytest.mark.parametrize("form", ["checkpoint", "file", "exported"])
-def test_initial_weights_come_from_a_checkpoint_a_file_or_an_exported_encoder(form: str, tmp_path: Path) -> None:
-    donor, module = Net(), Net()
-    given, before = weights_of(donor), weights_of(module)
-    if form == "exported":
-        given = {name.removeprefix("encoder."): t for name, t in given.items() if name.startswith("encoder.")}
-        save_file(given, tmp_path / "encoder.safetensors")
-    else:
-        save_file(given, tmp_path / "model.safetensors")
-    path = tmp_path / "model.safetensors" if form == "file" else tmp_path
-    used = load_initial(module, path, "encoder.")
-    assert used == sorted(n for n in before if form != "exported" or n.startswith("encoder."))
-    for name, tensor in weights_of(module).items():
-        assert torch.equal(tensor, weights_of(donor)[name] if name in used else before[name])
-
-
-def test_heads_that_the_file_lacks_stay_and_tensors_that_the_module_lacks_are_ignored(tmp_path: Path) -> None:
-    module = Net()
-    before = weights_of(module)
-    given = {f"encoder.{n}": t for n, t in weights_of(Net().encoder).items()} | {"other_head.weight": torch.ones(2)}
-    save_file(given, tmp_path / "model.safetensors")
-    assert all(name.startswith("encoder.") for name in load_initial(module, tmp_path, "encoder."))
-    assert torch.equal(module.head.weight, before["head.weight"])
-    assert torch.equal(module.encoder.get_parameter("0.weight"), given["encoder.0.weight"])
-
-
-def test_initial_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path: Path) -> None:
-    module = Net()
-    before = weights_of(module)
-    nowhere, empty, wide, partial = (tmp_path / name for name in ("nowhere", "empty", "wide", "partial"))
-    for folder in (empty, wide, partial):
-        folder.mkdir()
-    save_file(weights_of(Net(width=6)), wide / "model.safetensors")
-    save_file({"encoder.0.weight": torch.ones(4, 3)}, partial / "model.safetensors")
-    for path, message in [
-        (nowhere, f"model.init={nowhere}: there is no such file"),
-        (empty, f"model.init={empty}: the directory holds neither model.safetensors nor encoder.safetensors"),
-        (wide, f"model.init={wide}: encoder.0.bias has shape (6,), this model needs (4,); model.size, "),
-        (partial, f"model.init={partial}: 3 tensors of the encoder are not in it, the first is encoder.0.bias"),
-    ]:
-        with pytest.raises(DataError) as caught:
-            load_initial(module, path, "encoder.")
-        assert str(caught.value).startswith(message)
-        assert all(torch.equal(tensor, before[name]) for name, tensor in weights_of(module).items())

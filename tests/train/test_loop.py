@@ -70,6 +70,14 @@ def test_loss_gradients_and_samples_do_not_know_the_number_of_workers(
         assert ours["coverage"] == theirs["coverage"]
 
 
+def test_the_logged_loss_is_the_one_that_was_trained_on(shards: Path, tmp_path: Path) -> None:
+    train(shards, tmp_path, "train.steps=3", "optimizer.lr=0.05", "schedule.warmup_fraction=0")
+    first, second, _ = metrics(tmp_path)
+    assert first["loss"] == pytest.approx(sum(loss for loss in first["losses"].values() if loss is not None), rel=1e-6)
+    moved = sum(loss for loss in second["losses"].values() if loss is not None)
+    assert abs(second["loss"] - moved) > 0.1  # the weights of the losses have moved by now
+
+
 def test_every_tile_is_seen_once_an_epoch_across_step_boundaries(one_worker: Path) -> None:
     seen = [tile for _, ids in sorted(ledger(one_worker).items()) for tile in ids]
     epochs = [seen[i : i + 36] for i in range(0, 144, 36)]
