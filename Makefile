@@ -1,5 +1,5 @@
 # Everything a fresh machine needs: Python 3.11 to 3.13, make and gcc.  The first target that needs the environment makes it.
-#   make pretrain   install, then pretrain on the embedded data set     make test     the test suite (about 10 minutes)
+#   make pretrain   install, then pretrain on the embedded data set     make test     the test suite (3 minutes)
 #   make lint       ruff and pyright                                    make drills   kill, hang and restart real processes
 #   make bench      measure a training step                             make lock     write the lock file from .venv
 

@@ -41,10 +41,6 @@ NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 BUSY_SECONDS = 60.0
 """How long to wait for CPUs that other jobs of a cluster hold."""
 
-KEEP_MEMORY = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(4 << 30)}
-"""glibc settings of train workers (mallopt(3)).  The loop runs in a thread, whose arena by default gives every large tensor's
-memory back to the kernel and faults it in again: up to half the time of a step on a CPU (benchmarks/NOTES.md)."""
-
 
 def launch(experiment: Experiment, share: Share) -> bool:
     """Run the experiment's workers to the end; returns whether they were asked to stop before.
@@ -68,7 +64,6 @@ def launch(experiment: Experiment, share: Share) -> bool:
             name=f"mmearth-ray-{os.getpid()}-{int(time.time())}",
             storage_path=str((experiment.run / ".ray").resolve()),
             failure_config=FailureConfig(max_failures=experiment.config.train.max_failures),
-            worker_runtime_env={"env_vars": KEEP_MEMORY},
         ),
     )
     watch = Watch(board, experiment)
