@@ -7,7 +7,7 @@ import pytest
 
 from mmearth_ray import settings
 from mmearth_ray.errors import UsageError
-from mmearth_ray.settings import key, section
+from mmearth_ray.settings import flatten, key, section
 
 
 @dataclass(frozen=True)
@@ -104,7 +104,8 @@ def test_a_wrong_argument_is_answered_with_key_bound_and_remedy(argument: str, m
 
 @pytest.mark.parametrize("argument", ["engine.power=0.001", "engine.power=99.9", "engine.cylinders=1", "engine.cylinders=12"])
 def test_bounds_are_inclusive_or_exclusive_as_they_say(argument: str) -> None:
-    load(argument)
+    name, _, value = argument.partition("=")
+    assert flatten(load(argument))[name] == float(value)
 
 
 def test_a_wrong_file_is_named(tmp_path: Path) -> None:

@@ -180,16 +180,3 @@ def test_damaged_tensors_are_a_data_error(data: bytes | None, tmp_path: Path) ->
         path.write_bytes(data)
     with pytest.raises(DataError, match=f"{path} cannot be read"):
         load_tensors(path)
-
-
-class Net(nn.Module):
-    """An encoder and a head, as in an objective."""
-
-    def __init__(self, width: int = 4, head: int = 2) -> None:
-        super().__init__()
-        self.encoder = nn.Sequential(nn.Linear(3, width), nn.LayerNorm(width))
-        self.head = nn.Linear(width, head)
-
-
-def weights_of(module: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters()}

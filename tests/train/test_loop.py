@@ -2,11 +2,11 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from command import ledger, metrics
 from processes import Quiet, local_stream, settings, train
 from safetensors.torch import load_file
 from tiny_earth import make_data_set
@@ -20,20 +20,6 @@ from mmearth_ray.train.loop import Worker, run
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data_set(tmp_path_factory.mktemp("data") / "tiny", tiles=42, size=40, held_out=6).directory
-
-
-def metrics(run_directory: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run_directory / "metrics.jsonl").read_text().splitlines()]
-
-
-def ledger(run_directory: Path) -> dict[int, list[str]]:
-    """{step: ids of the global batch in order}"""
-    steps: dict[int, list[str]] = {}
-    for path in sorted((run_directory / "ledger").glob("rank-*.jsonl")):
-        for line in path.read_text().splitlines():
-            entry = json.loads(line)
-            steps.setdefault(entry["step"], []).extend(entry["ids"])
-    return steps
 
 
 def first_gradients(run_directory: Path) -> dict[str, np.ndarray]:
