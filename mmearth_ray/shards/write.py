@@ -4,8 +4,8 @@ import errno
 import hashlib
 import os
 from collections import Counter
-from collections.abc import Iterable
-from contextlib import suppress
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,24 +60,35 @@ def write_shard(
     table: tuple[Modality, ...] = TABLE,
 ) -> ShardRecord:
     """Write the blocks, one row group each, and describe the shard.  Raises DataError if the disk does not take it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     tally = _Tally(table)
-    try:
+    with complete_or_absent(path) as temporary:
         with pq.ParquetWriter(temporary, arrow_schema(tile_size, table), **_parquet_options(compression, table)) as writer:
             for block in blocks:
                 tally.add(block)
                 writer.write_batch(to_record_batch(block, tile_size, table), row_group_size=len(block))
         with temporary.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
-            os.fsync(file.fileno())
         size = temporary.stat().st_size
+    return tally.record(path.name, size, digest)
+
+
+@contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to: it takes the name when all went well, and is removed otherwise.
+
+    Raises DataError if the disk does not take it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
         temporary.replace(path)
     except OSError as error:
         raise DataError(write_failure(path, error)) from error
     finally:
         with suppress(OSError):
             temporary.unlink(missing_ok=True)
-    return tally.record(path.name, size, digest)
 
 
 def write_failure(path: Path, error: OSError) -> str:
@@ -90,18 +101,8 @@ def write_failure(path: Path, error: OSError) -> str:
 
 def atomic_text(path: Path, text: str) -> None:
     """Write a text file that is either complete or absent.  Raises DataError if the disk does not take it."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with temporary.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(write_failure(path, error)) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
+    with complete_or_absent(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def _parquet_options(compression: str, table: tuple[Modality, ...]) -> dict[str, Any]:
