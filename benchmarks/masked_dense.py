@@ -16,9 +16,17 @@ EPS = 1e-6
 
 
 def encode(
-    parameters: Mapping[str, Tensor], image_BCHW: Tensor, seen_BL: Tensor, patch_size: int, depths: tuple[int, ...]
+    parameters: Mapping[str, Tensor],
+    image_BCHW: Tensor,
+    seen_BL: Tensor,
+    patch_size: int,
+    depths: tuple[int, ...],
+    batch_wide: bool = False,
 ) -> Tensor:
-    """Features of the last stage on the whole grid of patches, zero where `seen_BL` is 0."""
+    """Features of the last stage on the whole grid of patches, zero where `seen_BL` is 0.
+
+    `batch_wide`: GRN takes its norm over the whole batch, as published, instead of over each image.
+    """
     stride = patch_size // 8
     batch, _, height, width = image_BCHW.shape
     grid_B1RS = seen_BL.view(batch, 1, height // patch_size, width // patch_size).float()
@@ -42,7 +50,8 @@ def encode(
         return masked(functional.conv2d(x, weight[:, :, None, None], bias))
 
     def grn(x: Tensor, name: str) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=(2, 3), keepdim=True)  # hidden places are zero, so they do not count
+        over = (0, 2, 3) if batch_wide else (2, 3)
+        length = torch.linalg.vector_norm(x, dim=over, keepdim=True)  # hidden places are zero, so they do not count
         response = length / (length.mean(1, keepdim=True) + EPS)
         gamma, beta = parameters[f"{name}.gamma"].view(1, -1, 1, 1), parameters[f"{name}.beta"].view(1, -1, 1, 1)
         return masked(gamma * (x * response) + beta + x)

@@ -8,6 +8,7 @@ from mmearth_ray.errors import UsageError, run_command
 
 COMMANDS = {
     "pretrain": ("mmearth_ray.pretrain", "pretrain an encoder"),
+    "checkpoints": ("mmearth_ray.checkpoints.__main__", "weights in and out: published checkpoints, timm names, ONNX"),
     "shards": ("mmearth_ray.shards.__main__", "make, check and look at data sets: convert, synthesise, verify, inspect"),
 }
 
@@ -15,7 +16,7 @@ COMMANDS = {
 def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help"):
         print(f"mmearth-ray {__version__}: pretrain Earth-observation encoders on Ray\n\nusage: mmearth-ray COMMAND ...\n")
-        print("\n".join(f"  {name.ljust(10)} {meaning}" for name, (_, meaning) in COMMANDS.items()))
+        print("\n".join(f"  {name.ljust(12)} {meaning}" for name, (_, meaning) in COMMANDS.items()))
         print("\nmmearth-ray COMMAND --help tells more.")
         return 0
     if arguments[0] not in COMMANDS:

@@ -43,6 +43,13 @@ class Model:
         None, "maps predicted relative to the mean and deviation of their own patch; null: the input, if it is a target"
     )
     weighting: str = key("uncertainty", "how the losses add up", among=("uncertainty", "unweighted"))
+    missing: str = key(
+        "ignored", "what missing pixels of target maps are to the loss: nothing, or as published the mean",
+        among=("ignored", "mean"),
+    )  # fmt: skip
+    grn: str = key("image", "what GRN's norm runs over in the encoder: an image, or as published the whole batch",
+                   among=("image", "batch"))  # fmt: skip
+    backend: str = key("packed", "what convolves visible patches; minkowski must be installed", among=("packed", "minkowski"))
     init_scheme: str = key("uniform", "initial weights: std 0.02 throughout, or as published", among=("uniform", "published"))
     init: str = key("", "start from these weights: an exported encoder, a checkpoint or its model.safetensors")
 
@@ -76,6 +83,10 @@ class Train:
     workers: int = key(1, "train workers; each takes an equal part of the global batch", at_least=1)
     gpus: bool | None = key(None, "one GPU per worker (nccl); default: if the cluster has enough")
     engine: str = key("ddp", "how workers share the model", among=("ddp",))
+    averaging: str = key(
+        "global", "what a loss is the mean of: the global batch, or as published each worker's micro-batch",
+        among=("global", "local"),
+    )  # fmt: skip
     ledger: bool = key(False, "write the ids of every step's tiles to ledger/rank-R.jsonl")
     stop_at: int | None = key(None, "save and exit after this step; the schedule keeps its length", at_least=1)
     max_failures: int = key(3, "times to start the workers again after one was lost", at_least=0)
@@ -123,12 +134,12 @@ class Config:
 
 
 FIXED_ON_RESUME = (
-    "model.", "optimizer.", "schedule.", "seed", "train.global_batch", "train.steps", "data.where",
+    "model.", "optimizer.", "schedule.", "seed", "train.global_batch", "train.steps", "train.averaging", "data.where",
 )  # fmt: skip
 """Prefixes of the settings that a run keeps for its whole life; all others may change when it resumes."""
 
-FREE_ON_RESUME = ("model.init",)
-"""Settings below those prefixes that only the very first step depends on."""
+FREE_ON_RESUME = ("model.init", "model.backend")
+"""Settings below those prefixes that change no number after the first step."""
 
 MAX_AUTO_MICRO_BATCH = 64
 

@@ -28,8 +28,9 @@ from mmearth_ray.config import (
     visible_patches,
 )
 from mmearth_ray.errors import DataError, UsageError
-from mmearth_ray.modalities import Kind, table_hash
-from mmearth_ray.model.encoder import Stem
+from mmearth_ray.modalities import Kind, Missing, table_hash
+from mmearth_ray.model.encoder import Backend, Stem, sparse_layout
+from mmearth_ray.model.layers import Scope
 from mmearth_ray.model.mpmae import build_mpmae, initialise
 from mmearth_ray.objective import Objective, Weighting
 from mmearth_ray.shards.manifest import Manifest, load_manifest
@@ -76,6 +77,7 @@ class Experiment:
 def open_experiment(config: Config, shards: Path) -> Experiment:
     """Resolve a configuration against the data set at `shards`.  Raises UsageError and DataError, as they apply."""
     config = _anchored(config)
+    sparse_layout(cast(Backend, config.model.backend))
     manifest = load_manifest(shards.resolve())
     entry, targets = input_of(config), targets_of(config)
     modalities = (*targets, entry)
@@ -94,6 +96,7 @@ def open_experiment(config: Config, shards: Path) -> Experiment:
         image_size=config.model.image_size, patch_size=config.model.patch_size,
         visible=visible_patches(patches, config.model.mask_ratio), input=entry, targets=targets,
         normalise_targets=frozenset(normalised_targets(config)),
+        missing=cast(Missing, config.model.missing),
         known={name: np.isfinite(mean) for name, (mean, _) in arrays.items()},
     )  # fmt: skip
     source = open_source(manifest, config.data.where, spec)
@@ -159,16 +162,13 @@ def load_statistics(choice: str, manifest: Manifest) -> Statistics:
     return checked(found, f"data.statistics={choice}")
 
 
-ENCODER = "model.encoder."
-"""Prefix of the encoder's parameters in the objective's."""
-
-
 def build_objective(experiment: Experiment, *, initial: bool = True) -> Objective:
     """The model with its initial weights (unless told not to), its normaliser and its losses: the same on every worker."""
     model, spec = experiment.config.model, experiment.spec
     network = build_mpmae(
         size=model.size, in_channels=len(spec.input.bands), image_size=model.image_size, patch_size=model.patch_size,
-        targets=spec.targets, stem=cast(Stem, model.stem), decoder_width=model.decoder_width, decoder_depth=model.decoder_depth,
+        targets=spec.targets, stem=cast(Stem, model.stem), grn=cast(Scope, model.grn), backend=cast(Backend, model.backend),
+        decoder_width=model.decoder_width, decoder_depth=model.decoder_depth,
     )  # fmt: skip
     if initial:
         initialise(network, model.init_scheme, torch.Generator().manual_seed(experiment.config.seed))
@@ -180,6 +180,7 @@ def build_objective(experiment: Experiment, *, initial: bool = True) -> Objectiv
             name: (torch.from_numpy(mean), torch.from_numpy(std)) for name, (mean, std) in experiment.statistics.items()
         },
         normalise_targets=spec.normalise_targets,
+        missing=spec.missing,
         weighting=cast(Weighting, model.weighting),
     )
 

@@ -14,7 +14,7 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
@@ -39,6 +39,10 @@ class Role(StrEnum):
 
     TASK = "task"
     QUALITY = "quality"
+
+
+Missing = Literal["ignored", "mean"]
+"""What missing pixels of continuous target maps are to the loss: nothing, or, as published, the mean of their band."""
 
 
 @dataclass(frozen=True)

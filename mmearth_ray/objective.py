@@ -20,13 +20,14 @@ from mmearth_ray.losses import (
     patchify,
     unpatchify,
 )
-from mmearth_ray.modalities import Kind, Level, Modality
+from mmearth_ray.modalities import Kind, Level, Missing, Modality
 from mmearth_ray.model.mpmae import MPMAE
 
 Weighting = Literal["uncertainty", "unweighted"]
 Batch = Mapping[str, Tensor]
 Statistics = Mapping[str, tuple[Tensor | np.ndarray, Tensor | np.ndarray]]
 
+ENCODER = "model.encoder."  # prefix of the encoder's parameters in an Objective's
 VISIBLE, HIDDEN, PRODUCT = "visible", "hidden", "product"  # what a batch holds beside the modalities
 
 
@@ -101,7 +102,8 @@ class Objective(nn.Module):
     a bool (B,) under `present_column`; "product" int8 (B,); "visible" (B, V) and "hidden" (B, N) indices of patches.
 
     `statistics` gives mean and std, float32 (G, C), of every continuous modality in use.  The targets in
-    `normalise_targets` (continuous maps) are normalised patch by patch as well.
+    `normalise_targets` (continuous maps) are normalised patch by patch as well.  With `missing` "mean" the missing pixels of
+    continuous target maps are trained towards the mean of their band, as the published code does.
     """
 
     log_variances: nn.Parameter | None
@@ -114,6 +116,7 @@ class Objective(nn.Module):
         targets: tuple[Modality, ...],
         statistics: Statistics,
         normalise_targets: frozenset[str] = frozenset(),
+        missing: Missing = "ignored",
         weighting: Weighting = "uncertainty",
     ) -> None:
         super().__init__()
@@ -122,6 +125,7 @@ class Objective(nn.Module):
         self.input = input
         self.targets = targets
         self.normalise_targets = normalise_targets
+        self.missing = missing
         self.weigh = WEIGHTINGS[weighting]
         used = {m.name: m for m in (input, *targets)}  # an input that is a target too is read once
         self.readers = nn.ModuleDict({name: READERS[m.kind](m, statistics) for name, m in used.items()})
@@ -186,6 +190,8 @@ class Objective(nn.Module):
         """The part of a target at the patches asked for; an image-level target is always asked for as a whole."""
         if m.level is Level.IMAGE:
             return whole
+        if self.missing == "mean" and m.kind is Kind.CONTINUOUS:
+            whole = whole._replace(valid=torch.ones_like(whole.valid))  # missing values are 0, the mean, once normalised
         return Target(*(patchify(x, self.model.encoder.patch_size, asked_BN) for x in whole))
 
 

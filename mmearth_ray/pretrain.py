@@ -16,7 +16,7 @@ from mmearth_ray import settings
 from mmearth_ray.config import EMBEDDED, Config
 from mmearth_ray.errors import DataError, UsageError, run_command
 from mmearth_ray.experiment import Experiment, check_resume, open_experiment, versions
-from mmearth_ray.shards.write import atomic_text, write_failure
+from mmearth_ray.files import atomic_text, write_failure
 from mmearth_ray.train import checkpoint
 from mmearth_ray.train.initial import check_initial
 from mmearth_ray.train.outputs import outputs_are_of

@@ -33,8 +33,9 @@ ROOT = Path(mmearth_ray.__file__).parent
 MAX_FILE, MAX_FUNCTION = 300, 60
 
 # A room (a module or a sub-package of mmearth_ray) imports from itself and from rooms before it.
-ROOMS = ("", "errors", "modalities", "progress", "settings", "cluster", "report", "config", "shards", "stream", "model",
-         "losses", "objective", "experiment", "train", "evaluate", "pretrain", "__main__")  # fmt: skip
+ROOMS = ("", "errors", "files", "modalities", "progress", "settings", "commands", "cluster", "report", "config", "shards",
+         "stream", "model", "losses", "objective", "checkpoints", "experiment", "train", "adapters", "evaluate", "pretrain",
+         "__main__")  # fmt: skip
 # Packages that only these modules may import, at any scope; a name ending in a dot stands for a whole room.
 ONLY_IN = {
     "ray": ("cluster", "shards.build", "stream.pipeline", "train.launch", "evaluate."),
@@ -43,7 +44,7 @@ ONLY_IN = {
     "yaml": ("settings",),
     "h5py": ("shards.", "evaluate."),
     "matplotlib": ("report.",),
-    "torch": ("model.", "losses", "objective", "experiment", "train.", "evaluate."),
+    "torch": ("model.", "losses", "objective", "checkpoints.", "experiment", "train.", "adapters.", "evaluate."),
 }
 # Rooms that know modalities by their rows only.
 NAMELESS = ("stream", "model", "losses", "objective", "train", "report", "experiment", "pretrain", "config")
@@ -66,12 +67,20 @@ def tree(module: str) -> ast.Module:
 def imports(module: str, *, at_load: bool = False) -> Iterator[str]:
     """Full dotted names that a module imports at any scope, or only those that loading it imports."""
     nodes = list(tree(module).body) if at_load else list(ast.walk(tree(module)))
+    unread = {id(inner) for node in nodes if is_for_checkers(node) for inner in ast.walk(node)}
     for node in nodes:
+        if id(node) in unread:
+            continue
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{module} imports relatively; write mmearth_ray in full"
             yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def is_for_checkers(node: ast.AST) -> bool:
+    """Whether this is an `if TYPE_CHECKING:`, which never runs."""
+    return isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING"
 
 
 def own(name: str) -> str | None:

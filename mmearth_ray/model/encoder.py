@@ -6,17 +6,33 @@ so a state dict of this encoder is an ordinary dense ConvNeXt V2.
 Shapes: B images, C bands, H x W pixels, V visible patches, Q cells along the side of a block (see layers), D channels.
 """
 
+from collections.abc import Callable
 from itertools import pairwise
 from typing import Literal, NamedTuple
 
 from torch import Tensor, nn
 from torch.nn import functional
 
-from mmearth_ray.model.layers import CELLS, EPS, Block, BlockConv, DenseLayout, LayerNorm, Layout, PackedLayout
+from mmearth_ray.model.layers import (
+    CELLS,
+    SCOPES,
+    Block,
+    BlockConv,
+    DenseLayout,
+    ImageConv,
+    LayerNorm,
+    Layout,
+    PackedLayout,
+    Scope,
+)
+from mmearth_ray.model.minkowski import MinkowskiLayout, require_minkowski
 
 Stem = Literal["modified", "original"]
 
+Backend = Literal["packed", "minkowski"]
+
 STEMS: tuple[Stem, ...] = ("modified", "original")
+BACKENDS: tuple[Backend, ...] = ("packed", "minkowski")
 PATCH_SIZES = (8, 16, 32)
 
 
@@ -55,26 +71,30 @@ class Encoder(nn.Module):
         dims: tuple[int, ...],
         patch_size: int,
         stem: Stem = "modified",
-        grn_eps: float = EPS,
+        grn: Scope = "image",
+        backend: Backend = "packed",
     ) -> None:
         super().__init__()
         check_patch_size(patch_size)
         if stem not in STEMS:
             raise ValueError(f"stem must be one of {', '.join(STEMS)}; got '{stem}'")
+        if grn not in SCOPES:
+            raise ValueError(f"grn must be one of {', '.join(SCOPES)}; got '{grn}'")
+        self.sparse_layout = sparse_layout(backend)
         self.patch_size = patch_size
         self.width = dims[-1]
         stride = patch_size // CELLS
         if stem == "modified":
-            self.initial_conv = nn.Sequential(nn.Conv2d(in_channels, dims[0], 3), LayerNorm(dims[0]))
-            self.stem = nn.Sequential(BlockConv(dims[0], dims[0], stride, groups=dims[0]), LayerNorm(dims[0]))
+            self.initial_conv = nn.ModuleList([ImageConv(in_channels, dims[0]), LayerNorm(dims[0])])
+            self.stem = nn.ModuleList([BlockConv(dims[0], dims[0], stride, groups=dims[0]), LayerNorm(dims[0])])
         else:
-            self.stem_orig = nn.Sequential(BlockConv(in_channels, dims[0], stride), LayerNorm(dims[0]))
+            self.stem_orig = nn.ModuleList([BlockConv(in_channels, dims[0], stride), LayerNorm(dims[0])])
         self._embed = self._modified_stem if stem == "modified" else self._original_stem
         self.downsample_layers = nn.ModuleList(
-            nn.Sequential(LayerNorm(narrow), BlockConv(narrow, wide, 2)) for narrow, wide in pairwise(dims)
+            nn.ModuleList([LayerNorm(narrow), BlockConv(narrow, wide, 2)]) for narrow, wide in pairwise(dims)
         )
         self.stages = nn.ModuleList(
-            nn.ModuleList(Block(width, grn_eps) for _ in range(depth)) for depth, width in zip(depths, dims, strict=True)
+            nn.ModuleList(Block(width, grn_scope=grn) for _ in range(depth)) for depth, width in zip(depths, dims, strict=True)
         )
 
     def forward(self, image_BCHW: Tensor, visible_BV: Tensor | None = None) -> Tensor:
@@ -83,36 +103,55 @@ class Encoder(nn.Module):
         With `visible_BV` (int64, ascending row-major indices of patches) only those patches exist: (B, V, 1, 1, D).
         Without it, the whole image is one block: (B, 1, H / patch, W / patch, D).
         """
+        return self.stages_of(image_BCHW, visible_BV)[-1]
+
+    def stages_of(self, image_BCHW: Tensor, visible_BV: Tensor | None = None) -> list[Tensor]:
+        """Features after each stage; stage i has cells of patch / 8 * 2^i px: (B, V, 8 / 2^i, 8 / 2^i, D_i), or dense maps."""
         layout = self._layout(image_BCHW, visible_BV)
-        x_BVQQD = self._embed(image_BCHW, layout)
+        x_BVQQD, found = self._embed(image_BCHW, layout), []
         for number, blocks in enumerate(self.stages):
             if number > 0:
-                x_BVQQD = self.downsample_layers[number - 1](x_BVQQD)
+                norm, halve = self.downsample_layers[number - 1]  # type: ignore[misc]
+                x_BVQQD = halve(norm(x_BVQQD), layout)
             for block in blocks:  # type: ignore[attr-defined]
                 x_BVQQD = block(x_BVQQD, layout)
-        return x_BVQQD
+            found.append(x_BVQQD)
+        return found
 
     def _layout(self, image_BCHW: Tensor, visible_BV: Tensor | None) -> Layout:
         height, width = image_BCHW.shape[2:]
         check_image_size((height, width), self.patch_size)
         if visible_BV is None:
             return DenseLayout()
-        return PackedLayout(visible_BV, (height // self.patch_size, width // self.patch_size))
+        return self.sparse_layout(visible_BV, (height // self.patch_size, width // self.patch_size))
 
     def _modified_stem(self, image_BCHW: Tensor, layout: Layout) -> Tensor:
-        convolution, norm = self.initial_conv
-        x_BVPPD = layout.blocks(convolution(layout.pixels(image_BCHW, halo=1)))
-        return self.stem(functional.gelu(norm(x_BVPPD)))
+        (convolution, first_norm), (depthwise, norm) = self.initial_conv, self.stem
+        x_BVPPD = functional.gelu(first_norm(convolution(image_BCHW, layout)))
+        return norm(depthwise(x_BVPPD, layout))
 
     def _original_stem(self, image_BCHW: Tensor, layout: Layout) -> Tensor:
-        return self.stem_orig(layout.blocks(layout.pixels(image_BCHW, halo=0)))
+        convolution, norm = self.stem_orig
+        return norm(convolution(layout.pixels(image_BCHW), layout))
 
 
-def build_encoder(size: str, in_channels: int, patch_size: int, stem: Stem = "modified") -> Encoder:
-    """The encoder of a published size (`SIZES`).  Raises ValueError for an unknown size, patch size or stem."""
+def sparse_layout(backend: Backend) -> Callable[[Tensor, tuple[int, int]], Layout]:
+    """What convolves visible patches.  Raises ValueError for an unknown backend, UsageError for one that is not installed."""
+    if backend == "packed":
+        return PackedLayout
+    if backend == "minkowski":
+        require_minkowski()
+        return MinkowskiLayout
+    raise ValueError(f"there is no backend '{backend}'; use one of {', '.join(BACKENDS)}")
+
+
+def build_encoder(
+    size: str, in_channels: int, patch_size: int, stem: Stem = "modified", grn: Scope = "image", backend: Backend = "packed"
+) -> Encoder:
+    """The encoder of a published size (`SIZES`).  Raises ValueError for an unknown size, patch, stem, scope or backend."""
     if size not in SIZES:
         raise ValueError(f"there is no encoder size '{size}'; use one of {', '.join(SIZES)}")
-    return Encoder(in_channels, *SIZES[size], patch_size=patch_size, stem=stem)
+    return Encoder(in_channels, *SIZES[size], patch_size=patch_size, stem=stem, grn=grn, backend=backend)
 
 
 def check_patch_size(patch_size: int) -> None:

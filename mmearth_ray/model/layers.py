@@ -1,9 +1,9 @@
 """Layers of ConvNeXt V2, for images of which only some patches are visible.
 
 Features are always blocks of cells, channels last.  After the stem every visible patch of an image is a block of 8 x 8
-cells; each stage halves it, down to one cell.  Nearly everything happens inside a block.  The two exceptions, the 3x3
-convolution of the stem and the 7x7 depthwise convolution, ask a `Layout` for their neighbours, so the layers need not
-know whether they see a few patches (`PackedLayout`) or a whole map (`DenseLayout`, one block per image).
+cells; each stage halves it, down to one cell.  Matrices, norms and GELU act on cells one by one; the convolutions go
+through a `Layout`, so the layers need not know whether they see a few patches (`PackedLayout`) or a whole map
+(`DenseLayout`, one block per image), nor which library convolves.
 
 Sources: ConvNeXt V2 (arXiv:2301.00808) for the block and GRN; MP-MAE (arXiv:2405.02771) for the stem and patch sizes.
 
@@ -11,7 +11,7 @@ Shapes: B images, V visible patches of an image, R x S patches in the grid of an
 (QQ need not be square in the dense case), P pixels along the side of a patch, D channels, O output channels, F = 4 D.
 """
 
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -53,14 +53,18 @@ class _Collect(torch.autograd.Function):
 
 
 class Layout(Protocol):
-    """Where the blocks of a batch lie in their images: all that looks across patches goes through here."""
+    """Where the blocks of a batch lie in their images, and how they are convolved."""
 
-    def pixels(self, image_BDHW: Tensor, halo: int) -> Tensor:
-        """Pixels of every block with `halo` pixels around it, zero where hidden: (B V, D, P + 2 halo, P + 2 halo)."""
+    def pixels(self, image_BCHW: Tensor) -> Tensor:
+        """The visible pixels, as features: (B, V, P, P, C)."""
         ...
 
-    def blocks(self, x_NDQQ: Tensor) -> Tensor:
-        """Results computed on `pixels`, as features: (B V, D, Q, Q) -> (B, V, Q, Q, D)."""
+    def convolve(self, image_BCHW: Tensor, weight_OCKK: Tensor, bias_O: Tensor | None) -> Tensor:
+        """Convolution of the image, odd kernel, zeros at hidden pixels and outside: (B, V, P, P, O) at visible pixels."""
+        ...
+
+    def inside(self, x_BVQQD: Tensor, weight_ODKK: Tensor, bias_O: Tensor | None, groups: int) -> Tensor:
+        """Convolution whose kernel equals its stride, so that it stays inside a block: (B, V, Q / K, Q / K, O)."""
         ...
 
     def depthwise(self, x_BVQQD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None) -> Tensor:
@@ -71,12 +75,16 @@ class Layout(Protocol):
 class DenseLayout:
     """Everything is visible: one block per image, the map itself, whatever its shape."""
 
-    def pixels(self, image_BDHW: Tensor, halo: int) -> Tensor:
-        image_BDHW = image_BDHW.contiguous(memory_format=torch.channels_last)
-        return functional.pad(image_BDHW, (halo,) * 4) if halo else image_BDHW
+    def pixels(self, image_BCHW: Tensor) -> Tensor:
+        return image_BCHW.permute(0, 2, 3, 1).contiguous()[:, None]
 
-    def blocks(self, x_NDQQ: Tensor) -> Tensor:
-        return x_NDQQ.permute(0, 2, 3, 1)[:, None]
+    def convolve(self, image_BCHW: Tensor, weight_OCKK: Tensor, bias_O: Tensor | None) -> Tensor:
+        image_BCHW = image_BCHW.contiguous(memory_format=torch.channels_last)
+        x_BOHW = functional.conv2d(image_BCHW, weight_OCKK, bias_O, padding=weight_OCKK.shape[-1] // 2)
+        return x_BOHW.permute(0, 2, 3, 1)[:, None]
+
+    def inside(self, x_BVQQD: Tensor, weight_ODKK: Tensor, bias_O: Tensor | None, groups: int) -> Tensor:
+        return _inside(x_BVQQD, weight_ODKK, bias_O, groups)
 
     def depthwise(self, x_BVQQD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None) -> Tensor:
         return _depthwise(x_BVQQD.squeeze(1), weight_D1KK, bias_D)[:, None]
@@ -95,7 +103,19 @@ class PackedLayout:
         self.image_B1 = torch.arange(len(visible_BV), device=visible_BV.device)[:, None]
         self._places: dict[int, Tensor] = {}
 
-    def pixels(self, image_BDHW: Tensor, halo: int) -> Tensor:
+    def pixels(self, image_BCHW: Tensor) -> Tensor:
+        return self._windows(image_BCHW, halo=0).unflatten(0, self.visible_BV.shape)
+
+    def convolve(self, image_BCHW: Tensor, weight_OCKK: Tensor, bias_O: Tensor | None) -> Tensor:
+        windows_NPPC = self._windows(image_BCHW, halo=weight_OCKK.shape[-1] // 2)
+        x_NOPP = functional.conv2d(windows_NPPC.permute(0, 3, 1, 2), weight_OCKK, bias_O)
+        return x_NOPP.permute(0, 2, 3, 1).unflatten(0, self.visible_BV.shape)
+
+    def inside(self, x_BVQQD: Tensor, weight_ODKK: Tensor, bias_O: Tensor | None, groups: int) -> Tensor:
+        return _inside(x_BVQQD, weight_ODKK, bias_O, groups)
+
+    def _windows(self, image_BDHW: Tensor, halo: int) -> Tensor:
+        """Pixels of every visible patch with `halo` pixels around it, zero where hidden: (B V, P + 2 halo, P + 2 halo, D)."""
         (rows, columns), (batch, _, height, width) = self.grid, image_BDHW.shape
         seen_BL = torch.zeros(batch, rows * columns, dtype=torch.bool, device=image_BDHW.device)
         seen_BL = seen_BL.scatter(1, self.visible_BV, True)
@@ -106,10 +126,7 @@ class PackedLayout:
         size = height // rows + 2 * halo
         windows_BRSPPD = padded_BHWD.unfold(1, size, size - 2 * halo).unfold(2, size, size - 2 * halo).movedim(3, 5)
         row_BV, column_BV = self.visible_BV // columns, self.visible_BV % columns
-        return windows_BRSPPD[self.image_B1, row_BV, column_BV].flatten(0, 1).permute(0, 3, 1, 2)
-
-    def blocks(self, x_NDQQ: Tensor) -> Tensor:
-        return x_NDQQ.permute(0, 2, 3, 1).unflatten(0, self.visible_BV.shape)
+        return windows_BRSPPD[self.image_B1, row_BV, column_BV].flatten(0, 1)
 
     def depthwise(self, x_BVQQD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None) -> Tensor:
         (rows, columns), (batch, _, cells, _, channels) = self.grid, x_BVQQD.shape
@@ -138,6 +155,23 @@ def _depthwise(map_BHWD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None) -> 
     return functional.conv2d(map_BDHW, weight_D1KK, bias_D, padding=padding, groups=len(weight_D1KK)).permute(0, 2, 3, 1)
 
 
+def _inside(x_BVQQD: Tensor, weight_ODKK: Tensor, bias_O: Tensor | None, groups: int) -> Tensor:
+    """Every block by itself, as if it were an image."""
+    x_NDQQ = x_BVQQD.flatten(0, 1).permute(0, 3, 1, 2)
+    x_NOQQ = functional.conv2d(x_NDQQ, weight_ODKK, bias_O, stride=weight_ODKK.shape[-1], groups=groups)
+    return x_NOQQ.permute(0, 2, 3, 1).unflatten(0, x_BVQQD.shape[:2])
+
+
+class ImageConv(nn.Conv2d):
+    """The 3x3 convolution of the stem, which looks across patches: an image (B, C, H, W) -> features (B, V, P, P, O)."""
+
+    def __init__(self, channels: int, out_channels: int) -> None:
+        super().__init__(channels, out_channels, 3, padding=1)
+
+    def forward(self, image_BCHW: Tensor, layout: Layout) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return layout.convolve(image_BCHW, self.weight, self.bias)
+
+
 class DepthwiseConv(nn.Conv2d):
     """The depthwise convolution of a block: looks across patches, through the layout.  Weight (D, 1, 7, 7)."""
 
@@ -154,9 +188,8 @@ class BlockConv(nn.Conv2d):
     def __init__(self, channels: int, out_channels: int, kernel_size: int, groups: int = 1) -> None:
         super().__init__(channels, out_channels, kernel_size, stride=kernel_size, groups=groups)
 
-    def forward(self, input: Tensor) -> Tensor:
-        x_NDQQ = input.flatten(0, 1).permute(0, 3, 1, 2)
-        return super().forward(x_NDQQ).permute(0, 2, 3, 1).unflatten(0, input.shape[:2])
+    def forward(self, x_BVQQD: Tensor, layout: Layout) -> Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return layout.inside(x_BVQQD, self.weight, self.bias, self.groups)
 
 
 class LayerNorm(nn.LayerNorm):
@@ -167,25 +200,29 @@ class LayerNorm(nn.LayerNorm):
 
 
 class _GlobalResponse(torch.autograd.Function):
-    """GRN with its gradient written out: fewer passes over the widest features, a tenth of an atto encoder's step on a CPU."""
+    """GRN with its gradient written out: fewer passes over the widest features, a tenth of an atto encoder's step on a CPU.
+
+    `over`: the dimensions that the norm runs over; where the batch is one of them, B is 1 in the names below.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_BVQQF: Tensor, gamma_F: Tensor, beta_F: Tensor, eps: float) -> Tensor:
-        norm_B111F = x_BVQQF.square().sum((1, 2, 3), keepdim=True, dtype=torch.float32).sqrt()
+    def forward(ctx: Any, x_BVQQF: Tensor, gamma_F: Tensor, beta_F: Tensor, eps: float, over: tuple[int, ...]) -> Tensor:
+        norm_B111F = x_BVQQF.square().sum(over, keepdim=True, dtype=torch.float32).sqrt()
         mean_B1111 = norm_B111F.mean(-1, keepdim=True) + eps
         scale_B111F = 1 + gamma_F * (norm_B111F / mean_B1111)
         ctx.save_for_backward(x_BVQQF, gamma_F, norm_B111F, mean_B1111, scale_B111F)
+        ctx.over = over
         return torch.addcmul(beta_F.to(x_BVQQF.dtype), x_BVQQF, scale_B111F.to(x_BVQQF.dtype))
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the decorator hides the names)
         ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, None]:
+    ) -> tuple[Tensor, Tensor, Tensor, None, None]:
         x_BVQQF, gamma_F, norm_B111F, mean_B1111, scale_B111F = ctx.saved_tensors
         (grad_BVQQF,) = grads
         response_B111F = norm_B111F / mean_B1111
-        d_scale_B111F = (grad_BVQQF * x_BVQQF).sum((1, 2, 3), keepdim=True, dtype=torch.float32)
+        d_scale_B111F = (grad_BVQQF * x_BVQQF).sum(ctx.over, keepdim=True, dtype=torch.float32)
         d_response_B111F = d_scale_B111F * gamma_F
         shared_B1111 = (d_response_B111F * response_B111F).mean(-1, keepdim=True)
         d_norm_B111F = (d_response_B111F - shared_B1111) / mean_B1111
@@ -193,7 +230,13 @@ class _GlobalResponse(torch.autograd.Function):
         d_x_BVQQF = torch.mul(grad_BVQQF, scale_B111F.to(grad_BVQQF.dtype))
         d_x_BVQQF = d_x_BVQQF.addcmul_(x_BVQQF, slope_B111F.to(x_BVQQF.dtype))
         d_gamma_F = (d_scale_B111F * response_B111F).sum((0, 1, 2, 3))
-        return d_x_BVQQF, d_gamma_F, grad_BVQQF.sum((0, 1, 2, 3), dtype=torch.float32), None
+        return d_x_BVQQF, d_gamma_F, grad_BVQQF.sum((0, 1, 2, 3), dtype=torch.float32), None, None
+
+
+Scope = Literal["image", "batch"]
+
+SCOPES: dict[Scope, tuple[int, ...]] = {"image": (1, 2, 3), "batch": (0, 1, 2, 3)}
+"""Dimensions of features that GRN's norm runs over."""
 
 
 class GRN(nn.Module):
@@ -201,27 +244,31 @@ class GRN(nn.Module):
 
     With G the L2 norm of a channel over all cells of an image, and N = G / (mean of G over channels + eps):
     y = gamma x N + beta + x.  gamma and beta (F,) start at 0, which makes it the identity.
+
+    The scope "batch" takes G over all images of the batch, as the published sparse encoder does
+    (github.com/vishalned/MMEarth-train, models/sparse_norm_layers.py): an image's features then depend on its neighbours.
     """
 
-    def __init__(self, channels: int, eps: float = EPS) -> None:
+    def __init__(self, channels: int, eps: float = EPS, scope: Scope = "image") -> None:
         super().__init__()
         self.eps = eps
+        self.over = SCOPES[scope]
         self.gamma = nn.Parameter(torch.zeros(channels))
         self.beta = nn.Parameter(torch.zeros(channels))
 
     def forward(self, x_BVQQF: Tensor) -> Tensor:
-        return _GlobalResponse.apply(x_BVQQF, self.gamma, self.beta, self.eps)  # type: ignore[return-value]
+        return _GlobalResponse.apply(x_BVQQF, self.gamma, self.beta, self.eps, self.over)  # type: ignore[return-value]
 
 
 class Block(nn.Module):
     """A ConvNeXt V2 block: depthwise 7x7, LayerNorm, widen, GELU (exact), GRN, narrow, plus the input."""
 
-    def __init__(self, channels: int, grn_eps: float = EPS) -> None:
+    def __init__(self, channels: int, grn_eps: float = EPS, grn_scope: Scope = "image") -> None:
         super().__init__()
         self.dwconv = DepthwiseConv(channels)
         self.norm = LayerNorm(channels)
         self.pwconv1 = nn.Linear(channels, MLP_RATIO * channels)
-        self.grn = GRN(MLP_RATIO * channels, grn_eps)
+        self.grn = GRN(MLP_RATIO * channels, grn_eps, grn_scope)
         self.pwconv2 = nn.Linear(MLP_RATIO * channels, channels)
 
     def forward(self, x_BVQQD: Tensor, layout: Layout) -> Tensor:

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from mmearth_ray.modalities import Modality
 from mmearth_ray.model.decoder import Decoder
-from mmearth_ray.model.encoder import Encoder, Stem, build_encoder, check_image_size
+from mmearth_ray.model.encoder import Backend, Encoder, Stem, build_encoder, check_image_size
+from mmearth_ray.model.layers import Scope
 
 # Weights that the published code leaves at its library's default of 1.0: those of the sparse depthwise convolutions and
 # matrices, and of all its dense convolutions, to which the projection and the heads of maps belong there
@@ -59,6 +60,8 @@ def build_mpmae(
     patch_size: int,
     targets: tuple[Modality, ...],
     stem: Stem = "modified",
+    grn: Scope = "image",
+    backend: Backend = "packed",
     decoder_width: int = 512,
     decoder_depth: int = 1,
 ) -> MPMAE:
@@ -66,9 +69,14 @@ def build_mpmae(
 
     Raises ValueError for an unknown size, a patch other than 8, 16 or 32, or an image that is not whole patches.
     """
-    encoder = build_encoder(size, in_channels, patch_size, stem)
+    encoder = build_encoder(size, in_channels, patch_size, stem, grn, backend)
     check_image_size((image_size,), patch_size)
-    return MPMAE(encoder, Decoder(encoder.width, patch_size, targets, decoder_width, decoder_depth, DECODER_GRN_EPS))
+    return with_decoder(encoder, targets, decoder_width, decoder_depth)
+
+
+def with_decoder(encoder: Encoder, targets: tuple[Modality, ...], width: int = 512, depth: int = 1) -> MPMAE:
+    """The pretraining model of an encoder."""
+    return MPMAE(encoder, Decoder(encoder.width, encoder.patch_size, targets, width, depth, DECODER_GRN_EPS))
 
 
 @torch.no_grad()

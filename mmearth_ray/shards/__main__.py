@@ -1,33 +1,12 @@
 """python -m mmearth_ray.shards convert | synthesise | verify | inspect: make data sets, check them, look at them."""
 
-import re
 import sys
-from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from mmearth_ray.commands import Command, Program
 from mmearth_ray.errors import UsageError, run_command
 from mmearth_ray.progress import counted
-from mmearth_ray.settings import help_text, load
-
-PROGRAM = "python -m mmearth_ray.shards"
-
-
-@dataclass(frozen=True)
-class Command:
-    """One subcommand: its positional arguments, what it does, its settings, and the function that runs it.
-
-    Settings and function are looked up when they are needed, so that the help of one command loads no other.
-    """
-
-    places: tuple[str, ...]
-    meaning: str
-    settings: Callable[[], type]
-    run: Callable[[list[Path], Any], int]
-
-    def usage(self, name: str) -> str:
-        return " ".join([PROGRAM, name, *self.places, "[key=value ...]"])
 
 
 def _convert_settings() -> type:
@@ -99,7 +78,7 @@ def _inspect(places: list[Path], options: Any) -> int:
     return 0
 
 
-COMMANDS = {
+PROGRAM = Program("python -m mmearth_ray.shards", __doc__ or "", {
     "convert": Command(
         ("RELEASE_DIR", "OUT"), "a published MMEarth release (HDF5, JSON) -> shards; a killed run continues where it stopped",
         _convert_settings, _convert,
@@ -109,41 +88,12 @@ COMMANDS = {
                       _verify_settings, _verify),
     "inspect": Command(("OUT",), "what a data set holds: coverage and statistics; figure=PATH draws a tile",
                        _inspect_settings, _inspect),
-}  # fmt: skip
-
-
-def overview() -> str:
-    """Help for the whole: every subcommand, then the keys of each."""
-    parts = [__doc__ or "", *(f"  {name:<12}{command.meaning}" for name, command in COMMANDS.items())]
-    return "\n".join([*parts, "", *("\n" + describe_command(name) for name in COMMANDS)])
-
-
-def describe_command(name: str) -> str:
-    """Help for one subcommand: its usage, its meaning, its keys with defaults."""
-    command = COMMANDS[name]
-    return f"usage: {command.usage(name)}\n{command.meaning}\n\n{help_text(command.settings())}"
+})  # fmt: skip
 
 
 def main(arguments: list[str]) -> int:
     """Run one subcommand and return its exit code.  Raises UsageError for a wrong command, argument or setting."""
-    if not arguments or arguments[0] in ("--help", "-h", "help"):
-        print(overview())
-        if not arguments:
-            raise UsageError(f"name a command: {', '.join(COMMANDS)}")
-        return 0
-    name, *rest = arguments
-    if name not in COMMANDS:
-        raise UsageError(f"there is no command '{name}'; the commands are {', '.join(COMMANDS)}")
-    if any(argument in ("--help", "-h") for argument in rest):
-        print(describe_command(name))
-        return 0
-    command = COMMANDS[name]
-    places = rest[: len(command.places)]
-    wrong = [given for given in places if given.startswith("-") or not given or re.match(r"[a-z_.]+=", given)]
-    if len(places) < len(command.places) or wrong:
-        raise UsageError(f"usage: {command.usage(name)}")
-    options = load(command.settings(), (), rest[len(places) :])
-    return command.run([Path(place).expanduser() for place in places], options)
+    return PROGRAM.run(arguments)
 
 
 if __name__ == "__main__":

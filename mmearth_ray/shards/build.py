@@ -19,11 +19,12 @@ from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, Worker
 
 from mmearth_ray.cluster import join_or_start
 from mmearth_ray.errors import DataError, UsageError
+from mmearth_ray.files import atomic_text, write_failure
 from mmearth_ray.modalities import TABLE, Level
 from mmearth_ray.progress import ProgressLine, duration
 from mmearth_ray.shards.manifest import MANIFEST, Manifest, load_manifest
 from mmearth_ray.shards.schema import TileBlock
-from mmearth_ray.shards.write import ShardRecord, atomic_text, write_failure, write_shard
+from mmearth_ray.shards.write import ShardRecord, write_shard
 
 BUILDING = ".building"
 ROW_GROUP = 64

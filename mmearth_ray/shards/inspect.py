@@ -8,13 +8,13 @@ from pathlib import Path
 import numpy as np
 
 from mmearth_ray.errors import DataError
+from mmearth_ray.files import write_failure
 from mmearth_ray.modalities import Kind, Level, Modality
 from mmearth_ray.progress import counted
 from mmearth_ray.settings import key
 from mmearth_ray.shards.manifest import Manifest, load_manifest
 from mmearth_ray.shards.read import filler, open_shard, read_block, shard_ids
 from mmearth_ray.shards.schema import TileBlock
-from mmearth_ray.shards.write import write_failure
 
 _SHOWN = ("name", "tiles", "tile_size")
 """Entries of a manifest's origin that the head shows in lines of their own."""

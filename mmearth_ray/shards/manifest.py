@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from mmearth_ray.errors import DataError
+from mmearth_ray.files import atomic_text
 from mmearth_ray.modalities import TABLE, Modality, table_hash
 from mmearth_ray.shards.schema import SCHEMA_VERSION
 from mmearth_ray.shards.stats import merge_tables, statistics_of
-from mmearth_ray.shards.write import ShardRecord, atomic_text
+from mmearth_ray.shards.write import ShardRecord
 
 MANIFEST = "manifest.json"
 

@@ -1,11 +1,8 @@
 """Writing one shard: blocks of tiles become row groups of a Parquet file that appears under its name only when complete."""
 
-import errno
 import hashlib
-import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager, suppress
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from mmearth_ray.errors import DataError
+from mmearth_ray.files import complete_or_absent
 from mmearth_ray.modalities import PRODUCTS, TABLE, Level, Modality
 from mmearth_ray.shards.schema import METADATA_FIELDS, TileBlock, arrow_schema, to_record_batch, validity
 from mmearth_ray.shards.stats import ALL, Moments, MomentTable, block_moments, merge_tables
@@ -70,39 +67,6 @@ def write_shard(
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         size = temporary.stat().st_size
     return tally.record(path.name, size, digest)
-
-
-@contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to: it takes the name when all went well, and is removed otherwise.
-
-    Raises DataError if the disk does not take it.
-    """
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        yield temporary
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(write_failure(path, error)) from error
-    finally:
-        with suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def write_failure(path: Path, error: OSError) -> str:
-    """One line on why a file could not be written, and what to do."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
-    if full:
-        return f"no space left on the disk of {path.parent} while writing {path.name}; free some and run the command again"
-    return f"cannot write {path}: {error.strerror or error}"
-
-
-def atomic_text(path: Path, text: str) -> None:
-    """Write a text file that is either complete or absent.  Raises DataError if the disk does not take it."""
-    with complete_or_absent(path) as temporary:
-        temporary.write_text(text, encoding="utf-8")
 
 
 def _parquet_options(compression: str, table: tuple[Modality, ...]) -> dict[str, Any]:

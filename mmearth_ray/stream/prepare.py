@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from mmearth_ray.modalities import Kind, Level, Modality
+from mmearth_ray.modalities import Kind, Level, Missing, Modality
 from mmearth_ray.stream.draws import words
 from mmearth_ray.stream.reader import RowGroup
 
@@ -25,6 +25,7 @@ class SampleSpec:
 
     `known[name]` bool (P, C): bands that have statistics, by product; values of other bands count as missing.
     `normalise_targets`: maps whose loss is relative to each patch's mean and deviation, which takes two valid values.
+    `missing`: whether missing pixels of continuous target maps count.
     """
 
     dataset: str
@@ -36,6 +37,7 @@ class SampleSpec:
     input: Modality
     targets: tuple[Modality, ...]
     normalise_targets: frozenset[str] = frozenset()
+    missing: Missing = "ignored"
     known: Mapping[str, np.ndarray] = field(default_factory=dict)
 
     @property
@@ -136,6 +138,8 @@ def valid_mask(spec: SampleSpec, modality: Modality, batch: Batch) -> np.ndarray
 
 def _count_hidden(spec: SampleSpec, modality: Modality, batch: Batch) -> np.ndarray:
     valid = valid_mask(spec, modality, batch)
+    if spec.missing == "mean" and modality.kind is Kind.CONTINUOUS:
+        valid = np.ones_like(valid)
     samples, p, side = len(valid), spec.patch_size, spec.image_size // spec.patch_size
     bands = valid.size // (samples * spec.image_size**2)
     if valid.all():

@@ -6,19 +6,19 @@ It is written under `checkpoints/.incoming/` and renamed.  Workers find the newe
 """
 
 import json
-import os
 import re
 import shutil
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import save_file
 from torch import Tensor
 
 from mmearth_ray.errors import DataError
+from mmearth_ray.files import flush
 
 FOLDER = "checkpoints"
 INCOMING = ".incoming"
@@ -27,13 +27,14 @@ _NAME = re.compile(r"step-(\d{8})")
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint says beside its tensors."""
+    """What a checkpoint says beside its tensors.  `description`: what the model is, as in an exported one."""
 
     step: int
     position: int
     settings: dict[str, Any]
     identity: dict[str, str]
     versions: dict[str, str]
+    description: dict[str, Any] = field(default_factory=dict)
 
 
 def checkpoint_path(run: Path, step: int) -> Path:
@@ -66,10 +67,10 @@ def save(run: Path, state: State, weights: dict[str, Tensor], moments: dict[str,
         save_file(_plain(moments), incoming / "optimizer.safetensors")
         (incoming / "state.json").write_text(json.dumps(vars(state), indent=1), encoding="utf-8")
         for path in [*incoming.iterdir(), incoming]:
-            _flush(path)
+            flush(path)
         _remove(final)
         incoming.replace(final)
-        _flush(final.parent)
+        flush(final.parent)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(incoming, ignore_errors=True)
         raise DataError(f"cannot write the checkpoint {final}: {error}; free space and run the command again") from error
@@ -93,28 +94,12 @@ def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
     return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
 
 
-def _flush(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
-
-
 def load_state(path: Path) -> State:
     """The checkpoint's state.  Raises DataError if it cannot be read."""
     try:
         return State(**json.loads((path / "state.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
         raise DataError(f"the checkpoint {path} cannot be read ({error}); remove it to resume from the one before") from error
-
-
-def load_tensors(path: Path) -> dict[str, Tensor]:
-    """Tensors of one safetensors file, on the CPU.  Raises DataError if it cannot be read."""
-    try:
-        return load_file(path)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"{path} cannot be read ({error})") from error
 
 
 def clear_incoming(run: Path) -> None:

@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from mmearth_ray.checkpoints.folder import read_tensors
 from mmearth_ray.config import learning_rate_of, micro_batch_of
 from mmearth_ray.errors import DataError
-from mmearth_ray.experiment import ENCODER, Experiment, build_objective, fixed_settings, versions
+from mmearth_ray.experiment import Experiment, build_objective, fixed_settings, versions
 from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.stream.prepare import Batch, elements
 from mmearth_ray.stream.source import Source
@@ -27,7 +28,7 @@ from mmearth_ray.train import checkpoint
 from mmearth_ray.train.engine import ENGINES, DDPEngine
 from mmearth_ray.train.initial import load_initial
 from mmearth_ray.train.journal import METRICS, Journal, cut_back, ledger_path
-from mmearth_ray.train.outputs import draw_reconstructions, export_encoder
+from mmearth_ray.train.outputs import description_of, draw_reconstructions, export_model
 from mmearth_ray.train.schedule import learning_rate
 
 # Batches are only ever read, so it does not matter that arrays from the object store cannot be written.
@@ -120,7 +121,8 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
             batches = [next(stream) for _ in range(ranges.per_step)]
             wait = time.perf_counter() - begin
             rate = _learning_rate(experiment, step)
-            sums, stop = _step(engine, batches, worker, rate, control.should_stop() if worker.rank == 0 else False)
+            wanted = control.should_stop() if worker.rank == 0 else False
+            sums, stop = _step(engine, batches, worker, rate, stop=wanted, local=config.train.averaging == "local")
             if not sums.applied:
                 raise DataError(_not_finite(experiment, step, sums))
             took = time.perf_counter() - begin
@@ -143,13 +145,16 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
                 break
     _draw(experiment, engine, worker, saved)
     if worker.rank == 0:
-        export_encoder(experiment, engine.module, saved)
+        export_model(experiment, engine.weights(), saved)
     _barrier()
 
 
-def _step(engine: DDPEngine, batches: list[Batch], worker: Worker, rate: float, stop: bool) -> tuple[Sums, bool]:
+def _step(
+    engine: DDPEngine, batches: list[Batch], worker: Worker, rate: float, *, stop: bool, local: bool
+) -> tuple[Sums, bool]:
     """One optimizer step over this worker's micro-batches.  Returns the global sums, and whether any worker wants to stop.
 
+    Errors are divided by the valid elements of the global batch or, as published, by the micro-batch's own (`local`).
     A loss or a gradient that is not finite leaves the weights as they are.
     """
     counts = torch.from_numpy(np.sum([batch["count"].sum(0) for batch in batches], axis=0))
@@ -159,7 +164,8 @@ def _step(engine: DDPEngine, batches: list[Batch], worker: Worker, rate: float, 
     errors = torch.zeros(len(totals), dtype=torch.float64)
     for number, batch in enumerate(batches, 1):
         tensors = to_device(batch, engine.device)
-        errors += engine.backward(tensors, totals.to(engine.device), share, last=number == len(batches)).double().cpu()
+        divisors = torch.from_numpy(batch["count"].sum(0)) / share if local else totals
+        errors += engine.backward(tensors, divisors.to(engine.device), share, last=number == len(batches)).double().cpu()
     tiles = sum(len(batch["id"]) for batch in batches) * worker.workers
     sums = Sums.over_workers(errors, totals, tiles, engine)
     if not np.isfinite(sums.loss) or not engine.gradients_are_finite():
@@ -210,11 +216,11 @@ def _restore(experiment: Experiment, engine: DDPEngine) -> int:
     """Load the newest checkpoint, or the weights to start from.  Returns the steps that are done."""
     found = checkpoint.newest(experiment.run)
     if found:
-        weights, moments = (checkpoint.load_tensors(found / f"{part}.safetensors") for part in ("model", "optimizer"))
+        weights, moments = (read_tensors(found / f"{part}.safetensors") for part in ("model", "optimizer"))
         engine.restore(weights, moments)
         return checkpoint.load_state(found).step
     if experiment.config.model.init:
-        load_initial(engine.module, Path(experiment.config.model.init), ENCODER)
+        load_initial(engine.module, Path(experiment.config.model.init))
     return 0
 
 
@@ -227,6 +233,7 @@ def _save(experiment: Experiment, engine: DDPEngine, worker: Worker, step: int, 
         state = checkpoint.State(
             step=step, position=step * experiment.config.train.global_batch,
             settings=fixed_settings(experiment.config), identity=experiment.identity, versions=versions(),
+            description=description_of(experiment, step).to_json(),
         )  # fmt: skip
         checkpoint.save(experiment.run, state, engine.weights(), engine.moments(), experiment.config.checkpoint.keep)
     _barrier()

@@ -1,80 +1,66 @@
-"""What a run leaves for people and for other programs: the exported encoder and the reconstruction figures."""
+"""What a run leaves for people and for other programs: the exported model and the reconstruction figures."""
 
-import json
-import shutil
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
+from mmearth_ray.checkpoints.folder import EXPORTED, Description, open_exported, statistics_by_product, write_exported
+from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import Experiment, fixed_settings, versions
-from mmearth_ray.modalities import PRODUCTS
+from mmearth_ray.modalities import Kind
+from mmearth_ray.model.encoder import SIZES
 from mmearth_ray.objective import Objective
 from mmearth_ray.report.reconstruction import draw_reconstruction
 from mmearth_ray.stream.prepare import Batch, valid_mask
 
-EXPORT_FORMAT = 1
 
-
-def export_encoder(experiment: Experiment, objective: Objective, step: int) -> Path:
-    """Write `exported/`: the encoder's float32 weights, and all that is needed to feed it.  Both appear whole or not at all."""
-    folder = experiment.run / "exported"
-    incoming = experiment.run / ".exported"
-    shutil.rmtree(incoming, ignore_errors=True)
-    incoming.mkdir(parents=True)
-    description = encoder_description(experiment, step)
-    weights = {name: p.detach().cpu().contiguous() for name, p in objective.model.encoder.named_parameters()}
-    save_file(weights, incoming / "encoder.safetensors", metadata={"mmearth_ray": json.dumps(description)})
-    (incoming / "config.json").write_text(json.dumps(description, indent=1) + "\n", encoding="utf-8")
-    removed = experiment.run / ".exported.removed"
-    shutil.rmtree(removed, ignore_errors=True)
-    if folder.exists():
-        folder.replace(removed)
-    incoming.replace(folder)
-    shutil.rmtree(removed, ignore_errors=True)
-    return folder
+def export_model(experiment: Experiment, weights: Mapping[str, Tensor], step: int) -> Path:
+    """Write `exported/`: the model's float32 weights, and all that is needed to feed it.  It appears whole or not at all."""
+    return write_exported(experiment.run / EXPORTED, description_of(experiment, step), weights)
 
 
 def outputs_are_of(run: Path, step: int) -> bool:
-    """Whether the exported encoder, which is written last, is that of this step."""
+    """Whether the exported model, which is written last, is that of this step."""
     try:
-        return json.loads((run / "exported" / "config.json").read_text(encoding="utf-8"))["step"] == step
-    except (OSError, ValueError, KeyError, TypeError):
+        return open_exported(run / EXPORTED).description.step == step
+    except DataError:
         return False
 
 
-def encoder_description(experiment: Experiment, step: int) -> dict[str, Any]:
-    """Size, patch, bands, units and statistics of the encoder, and where it comes from."""
-    model, entry = experiment.config.model, experiment.spec.input
+def description_of(experiment: Experiment, step: int) -> Description:
+    """Structure, bands, units and statistics of the model as it is after `step` steps, and where it comes from."""
+    model, entry, targets = experiment.config.model, experiment.spec.input, experiment.spec.targets
     mean, std = experiment.statistics[entry.name]
-    return {
-        "format": EXPORT_FORMAT,
-        "size": model.size,
-        "patch_size": model.patch_size,
-        "image_size": model.image_size,
-        "stem": model.stem,
-        "input": entry.name,
-        "bands": list(entry.bands),
-        "units": list(entry.units),
-        "missing": list(entry.missing),
-        "statistics": {
-            product: {"mean": _numbers(mean[row]), "std": _numbers(std[row])} for row, product in enumerate(PRODUCTS)
+    return Description(
+        size=model.size,
+        depths=list(SIZES[model.size].depths),
+        dims=list(SIZES[model.size].dims),
+        patch_size=model.patch_size,
+        image_size=model.image_size,
+        stem=model.stem,
+        grn=model.grn,
+        input=entry.name,
+        bands=list(entry.bands),
+        units=list(entry.units),
+        missing=list(entry.missing),
+        statistics=statistics_by_product(mean, std),
+        targets=[m.name for m in targets],
+        target_bands={m.name: list(m.bands) for m in targets if m.kind is Kind.CONTINUOUS},
+        normalise_targets=sorted(experiment.spec.normalise_targets),
+        weighting=model.weighting,
+        decoder_width=model.decoder_width,
+        decoder_depth=model.decoder_depth,
+        step=step,
+        tiles_seen=step * experiment.config.train.global_batch,
+        data_set=experiment.spec.dataset,
+        origin={
+            "settings": fixed_settings(experiment.config), "identity": experiment.identity, "versions": versions(),
         },
-        "targets": [m.name for m in experiment.spec.targets],
-        "step": step,
-        "tiles_seen": step * experiment.config.train.global_batch,
-        "data_set": experiment.spec.dataset,
-        "identity": experiment.identity,
-        "settings": fixed_settings(experiment.config),
-        "versions": versions(),
-    }
-
-
-def _numbers(values: np.ndarray) -> list[float | None]:
-    return [float(v) if np.isfinite(v) else None for v in values]
+    )  # fmt: skip
 
 
 def draw_reconstructions(

@@ -1,12 +1,14 @@
 """Layers: layouts put cells where they belong, GRN follows its formula, silent channels have gradients."""
 
+from typing import Any
+
 import pytest
 import torch
 from tensors import assert_near, draw_patches
 from torch import Tensor
 from torch.nn import functional
 
-from mmearth_ray.model.layers import GRN, Block, BlockConv, DenseLayout, DepthwiseConv, PackedLayout
+from mmearth_ray.model.layers import GRN, SCOPES, Block, BlockConv, DenseLayout, DepthwiseConv, ImageConv, PackedLayout, Scope
 
 GRID = (3, 5)
 
@@ -47,19 +49,24 @@ def test_depthwise_gradients_are_exact(generator: torch.Generator) -> None:
     assert torch.autograd.gradgradcheck(lambda x: layout.depthwise(x, weight.detach(), None), (x,))
 
 
-@pytest.mark.parametrize("halo", [0, 1])
-def test_pixels_are_the_visible_patches_with_a_zeroed_halo(halo: int, generator: torch.Generator) -> None:
+def test_pixels_are_the_visible_patches(generator: torch.Generator) -> None:
     visible_BV, _ = draw_patches(2, 15, 6, generator)
     image = torch.randn(2, 3, 24, 40, generator=generator)
+    assert torch.equal(PackedLayout(visible_BV, GRID).pixels(image), _blocks(image, visible_BV, 8))
+
+
+@pytest.mark.parametrize("layout_of", [PackedLayout, None])
+def test_convolution_of_an_image_sees_zeros_where_hidden(layout_of: Any, generator: torch.Generator) -> None:
+    visible_BV, _ = draw_patches(2, 15, 6 if layout_of else 15, generator)
+    image = torch.randn(2, 3, 24, 40, generator=generator)
     image_before = image.clone()
-    cut = PackedLayout(visible_BV, GRID).pixels(image, halo).unflatten(0, (2, 6))
-    padded = functional.pad(image, (halo,) * 4)
-    seen = torch.zeros(2, 15).scatter(1, visible_BV, 1.0).view(2, 1, 3, 5)
-    seen = functional.pad(seen.repeat_interleave(8, 2).repeat_interleave(8, 3), (halo,) * 4)
-    for b in range(2):
-        for n, v in enumerate(visible_BV[b].tolist()):
-            window = (padded * seen)[b, :, 8 * (v // 5) :, 8 * (v % 5) :][:, : 8 + 2 * halo, : 8 + 2 * halo]
-            assert torch.equal(cut[b, n], window)
+    conv = ImageConv(3, 4)
+    seen = torch.zeros(2, 15).scatter(1, visible_BV, 1.0).view(2, 1, 3, 5).repeat_interleave(8, 2).repeat_interleave(8, 3)
+    expected = functional.conv2d(image * seen, conv.weight, conv.bias, padding=1)
+    if layout_of:
+        assert_near(conv(image, layout_of(visible_BV, GRID)), _blocks(expected, visible_BV, 8), 1e-6)
+    else:
+        assert_near(conv(image, DenseLayout())[:, 0].permute(0, 3, 1, 2), expected, 1e-6)
     assert torch.equal(image, image_before)
 
 
@@ -68,7 +75,9 @@ def test_hidden_pixels_never_leak(generator: torch.Generator) -> None:
     image = torch.full((1, 3, 24, 40), float("nan"))
     for v in visible_BV[0].tolist():
         image[0, :, 8 * (v // 5) : 8 * (v // 5) + 8, 8 * (v % 5) : 8 * (v % 5) + 8] = 1
-    assert PackedLayout(visible_BV, GRID).pixels(image, 1).isfinite().all()
+    layout = PackedLayout(visible_BV, GRID)
+    assert layout.pixels(image).isfinite().all()
+    assert ImageConv(3, 4)(image, layout).isfinite().all()
 
 
 @pytest.mark.parametrize("groups", [1, 3])
@@ -76,7 +85,7 @@ def test_block_conv_is_an_ordinary_strided_convolution(groups: int, generator: t
     conv = BlockConv(3, 6, 2, groups=groups)
     x = torch.randn(2, 1, 8, 12, 3, generator=generator)
     expected = functional.conv2d(x[:, 0].permute(0, 3, 1, 2), conv.weight, conv.bias, stride=2, groups=groups)
-    assert_near(conv(x)[:, 0].permute(0, 3, 1, 2), expected, 1e-6)
+    assert_near(conv(x, DenseLayout())[:, 0].permute(0, 3, 1, 2), expected, 1e-6)
 
 
 def test_grn_follows_its_formula_per_image(generator: torch.Generator) -> None:
@@ -91,13 +100,23 @@ def test_grn_follows_its_formula_per_image(generator: torch.Generator) -> None:
         assert_near(grn(x[b : b + 1])[0], expected, 1e-6)
 
 
-def test_grn_gradients_are_exact(generator: torch.Generator) -> None:
-    grn = GRN(4).double()
+def test_batch_wide_grn_is_that_of_one_image_made_of_all(generator: torch.Generator) -> None:
+    image, batch = GRN(5), GRN(5, scope="batch")
+    for grn in (image, batch):
+        torch.nn.init.ones_(grn.gamma)
+    x = torch.randn(3, 2, 1, 4, 5, generator=generator)
+    assert_near(batch(x), image(x.flatten(0, 1)[None]).view_as(x), 1e-6)
+    assert not torch.allclose(batch(x)[0], batch(x[:1])[0])
+
+
+@pytest.mark.parametrize("scope", SCOPES)
+def test_grn_gradients_are_exact(scope: Scope, generator: torch.Generator) -> None:
+    grn = GRN(4, scope=scope).double()
     torch.nn.init.normal_(grn.gamma, generator=generator)
     x = torch.randn(2, 2, 1, 3, 4, generator=generator, dtype=torch.float64, requires_grad=True)
 
     def plain(x: Tensor, gamma: Tensor, beta: Tensor) -> Tensor:
-        length = torch.linalg.vector_norm(x, dim=(1, 2, 3), keepdim=True)
+        length = torch.linalg.vector_norm(x, dim=SCOPES[scope], keepdim=True)
         return gamma * (x * (length / (length.mean(-1, keepdim=True) + grn.eps))) + beta + x
 
     weights = torch.randn(x.shape, generator=generator, dtype=torch.float64)

@@ -5,7 +5,7 @@ from release_fixture import write_release
 
 from mmearth_ray.errors import run_command
 from mmearth_ray.settings import load, walk
-from mmearth_ray.shards.__main__ import COMMANDS, main
+from mmearth_ray.shards.__main__ import PROGRAM, main
 
 
 def run(*arguments: object) -> int:
@@ -32,13 +32,13 @@ def test_convert_verify_inspect(release: Path, tmp_path: Path, capsys: pytest.Ca
     assert "error: " in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("name", COMMANDS)
+@pytest.mark.parametrize("name", PROGRAM.commands)
 def test_help_lists_every_key(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert run(name, "--help") == 0
     text = capsys.readouterr().out
     assert run("--help") == 0
     whole = capsys.readouterr().out
-    for key, entry, _ in walk(COMMANDS[name].settings()):
+    for key, entry, _ in walk(PROGRAM.commands[name].settings()):
         assert f"  {key}=" in text
         assert f"  {key}=" in whole
         assert entry.metadata["meaning"] in text
@@ -83,5 +83,5 @@ def test_wrong_data_exits_1_with_one_line(arguments: tuple[str, ...], capsys: py
 
 @pytest.mark.parametrize("tile", ["12_0", "007", "1e3", "true", "840"])
 def test_a_tile_id_is_taken_as_it_stands(tile: str) -> None:
-    assert load(COMMANDS["inspect"].settings(), (), [f"tile={tile}"]).tile == tile
-    assert load(COMMANDS["inspect"].settings(), (), ["tile=null"]).tile is None
+    assert load(PROGRAM.commands["inspect"].settings(), (), [f"tile={tile}"]).tile == tile
+    assert load(PROGRAM.commands["inspect"].settings(), (), ["tile=null"]).tile is None

@@ -1,6 +1,4 @@
-import errno
 import hashlib
-import os
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +10,7 @@ from mmearth_ray.errors import DataError
 from mmearth_ray.modalities import TABLE, get
 from mmearth_ray.shards.read import filler
 from mmearth_ray.shards.schema import TileBlock, has_value
-from mmearth_ray.shards.write import COMPRESSIONS, ShardRecord, atomic_text, count_valid, write_failure, write_shard
+from mmearth_ray.shards.write import COMPRESSIONS, ShardRecord, count_valid, write_shard
 
 SIZE = 16
 
@@ -61,28 +59,6 @@ def test_a_source_that_fails_leaves_nothing(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="row 7"):
         write_shard(tmp_path / "part-00000.parquet", blocks(), SIZE)
     assert not list(tmp_path.iterdir())
-
-
-def test_a_failed_text_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "a.json"
-    atomic_text(path, "old")
-
-    def full(_: int) -> None:
-        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(DataError, match="no space left on the disk"):
-        atomic_text(path, "new")
-    assert path.read_text() == "old"
-    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
-
-
-def test_failures_are_told_apart() -> None:
-    assert "free some" in write_failure(Path("/d/x"), OSError(errno.EDQUOT, "quota"))
-    assert (
-        write_failure(Path("/d/x"), PermissionError(errno.EACCES, "Permission denied"))
-        == "cannot write /d/x: Permission denied"
-    )
 
 
 def test_valid_values_are_counted_by_kind() -> None:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from mmearth_ray.checkpoints.folder import read_tensors
 from mmearth_ray.errors import DataError
 from mmearth_ray.train import checkpoint
 from mmearth_ray.train.checkpoint import (
@@ -17,7 +18,6 @@ from mmearth_ray.train.checkpoint import (
     checkpoint_path,
     committed,
     load_state,
-    load_tensors,
     newest,
     save,
 )
@@ -51,7 +51,7 @@ def test_tensors_and_state_are_equal_after_a_round_trip(kind: torch.dtype, tmp_p
     assert path == checkpoint_path(tmp_path, 7) == tmp_path / "checkpoints" / "step-00000007"
     assert load_state(path) == state(7)
     for given, part in ((weights, "model"), (moments, "optimizer")):
-        found = load_tensors(path / f"{part}.safetensors")
+        found = read_tensors(path / f"{part}.safetensors")
         assert found.keys() == given.keys()
         for name in given:
             assert found[name].dtype == given[name].dtype
@@ -64,7 +64,7 @@ def test_parameters_that_need_gradients_are_saved_by_value(tmp_path: Path) -> No
     expected = {name: p.detach().clone() for name, p in module.named_parameters()}
     with torch.no_grad():
         module.weight.add_(1)
-    found = load_tensors(path / "model.safetensors")
+    found = read_tensors(path / "model.safetensors")
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
@@ -109,7 +109,7 @@ def test_a_failure_while_writing_leaves_nothing_behind_and_keeps_what_was_there(
     if fails == "state":
         monkeypatch.setattr(Path, "write_text", full)
     if fails == "flush":
-        monkeypatch.setattr(checkpoint, "_flush", full)
+        monkeypatch.setattr(checkpoint, "flush", full)
     for step in (1, 2):
         with pytest.raises(DataError) as caught:
             save(tmp_path, state(step), tensors(8), tensors(9), keep=1)
@@ -119,7 +119,7 @@ def test_a_failure_while_writing_leaves_nothing_behind_and_keeps_what_was_there(
     monkeypatch.undo()
     assert names(tmp_path) == ["step-00000001"]
     assert list((tmp_path / FOLDER / INCOMING).iterdir()) == []
-    assert torch.equal(load_tensors(checkpoint_path(tmp_path, 1) / "model.safetensors")["a.weight"], tensors(1)["a.weight"])
+    assert torch.equal(read_tensors(checkpoint_path(tmp_path, 1) / "model.safetensors")["a.weight"], tensors(1)["a.weight"])
 
 
 def test_at_no_moment_has_an_incomplete_directory_a_checkpoints_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -132,8 +132,8 @@ def test_at_no_moment_has_an_incomplete_directory_a_checkpoints_name(tmp_path: P
         seen += 1
         for path in committed(tmp_path):
             assert load_state(path).step == int(path.name[-8:])
-            assert load_tensors(path / "model.safetensors")
-            assert load_tensors(path / "optimizer.safetensors")
+            assert read_tensors(path / "model.safetensors")
+            assert read_tensors(path / "optimizer.safetensors")
 
     def slowly(path: Path, **_: object) -> None:
         for file in sorted(path.iterdir()) if path.exists() else []:
@@ -143,7 +143,7 @@ def test_at_no_moment_has_an_incomplete_directory_a_checkpoints_name(tmp_path: P
             path.rmdir()
 
     monkeypatch.setattr(checkpoint.shutil, "rmtree", slowly)
-    monkeypatch.setattr(checkpoint, "_flush", lambda path: look())
+    monkeypatch.setattr(checkpoint, "flush", lambda path: look())
     commit(tmp_path, 2, 3, keep=1)
     monkeypatch.undo()
     assert seen > 15
@@ -179,4 +179,4 @@ def test_damaged_tensors_are_a_data_error(data: bytes | None, tmp_path: Path) ->
     if data is not None:
         path.write_bytes(data)
     with pytest.raises(DataError, match=f"{path} cannot be read"):
-        load_tensors(path)
+        read_tensors(path)

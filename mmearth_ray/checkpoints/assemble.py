@@ -1,0 +1,54 @@
+"""From the description of an exported model to the model."""
+
+from typing import cast
+
+import torch
+
+from mmearth_ray.checkpoints.folder import Description
+from mmearth_ray.errors import DataError
+from mmearth_ray.modalities import Modality, get
+from mmearth_ray.model.encoder import Backend, Encoder, Stem
+from mmearth_ray.model.layers import Scope
+from mmearth_ray.model.mpmae import MPMAE, with_decoder
+
+
+def input_of(description: Description) -> Modality:
+    """The input modality with its bands.  Raises DataError if the table has no such modality or band."""
+    return _row(description.input, description.bands)
+
+
+def targets_of(description: Description) -> tuple[Modality, ...]:
+    """The targets in the order of their log-variances, with their bands.  Raises DataError if the table lacks one."""
+    return tuple(_row(name, description.target_bands.get(name)) for name in description.targets)
+
+
+def build_encoder(description: Description, backend: Backend = "packed") -> Encoder:
+    """The encoder, not yet with its weights.  Raises DataError for a structure that there is none of."""
+    d = description
+    try:
+        return Encoder(
+            len(d.bands), tuple(d.depths), tuple(d.dims), d.patch_size, cast(Stem, d.stem), cast(Scope, d.grn), backend
+        )
+    except ValueError as error:
+        raise DataError(f"the model's description calls for what does not exist: {error}") from error
+
+
+def build_model(description: Description, backend: Backend = "packed") -> MPMAE:
+    """The whole pretraining model, not yet with its weights."""
+    encoder = build_encoder(description, backend)
+    return with_decoder(encoder, targets_of(description), description.decoder_width, description.decoder_depth)
+
+
+def parameter_shapes(description: Description) -> dict[str, tuple[int, ...]]:
+    """Names, as in an Objective, and shapes of all weights."""
+    with torch.device("meta"):
+        model = build_model(description)
+    shapes = {f"model.{name}": tuple(p.shape) for name, p in model.named_parameters()}
+    return shapes | ({"log_variances": (len(description.targets),)} if description.weighting == "uncertainty" else {})
+
+
+def _row(name: str, bands: list[str] | None) -> Modality:
+    try:
+        return get(name) if bands is None else get(name).select(bands)
+    except ValueError as error:
+        raise DataError(str(error)) from error

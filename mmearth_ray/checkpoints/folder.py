@@ -1,0 +1,174 @@
+"""The exported model: a folder with all that is needed to use an encoder, whoever trained it.
+
+    encoder.safetensors      float32 weights of the encoder: an ordinary dense ConvNeXt V2, by published names
+    pretraining.safetensors  the rest of the pretraining model: decoder, heads, weights of the losses
+    config.json              `Description`: structure, bands, units, normalisation, recipe, digests
+    README.md                the model card: the same for people
+
+Training writes it, importing a published checkpoint writes it, and everything that takes weights reads it.  A checkpoint of
+a run (`model.safetensors` and `state.json`) holds the same and may stand in its place.
+"""
+
+import json
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from mmearth_ray.checkpoints.card import model_card
+from mmearth_ray.errors import DataError
+from mmearth_ray.files import complete_or_absent_folder
+from mmearth_ray.modalities import PRODUCTS
+from mmearth_ray.objective import ENCODER
+
+FORMAT = 2
+ENCODER_FILE, PRETRAINING_FILE, CONFIG, CARD = "encoder.safetensors", "pretraining.safetensors", "config.json", "README.md"
+EXPORTED = "exported"  # of a run
+CHECKPOINT_FILE, STATE = "model.safetensors", "state.json"
+
+
+@dataclass(frozen=True)
+class Description:
+    """What an exported model is.
+
+    `size` is null for a structure that is none of the published ones.  `statistics[product]` holds "mean" and "std" of every
+    band, null where there is none; it is null as a whole where nobody knows them.  `target_bands` names the bands of every
+    target that has some to choose.  `origin` says where the weights come from: a run's settings, digests and versions, or the
+    arguments of the published run.
+    """
+
+    size: str | None
+    depths: list[int]
+    dims: list[int]
+    patch_size: int
+    image_size: int
+    stem: str
+    grn: str
+    input: str
+    bands: list[str]
+    units: list[str]
+    missing: list[int]
+    statistics: dict[str, dict[str, list[float | None]]] | None
+    targets: list[str]
+    target_bands: dict[str, list[str]]
+    normalise_targets: list[str]
+    weighting: str
+    decoder_width: int
+    decoder_depth: int
+    step: int | None = None
+    tiles_seen: int | None = None
+    data_set: str | None = None
+    origin: dict[str, Any] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"format": FORMAT, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, found: Any, where: Path) -> "Description":
+        """Raises DataError, naming what is missing, for JSON that is no such description."""
+        if not isinstance(found, dict) or found.get("format") != FORMAT:
+            given = found.get("format") if isinstance(found, dict) else None
+            raise DataError(f"{where} has format {given}, this version reads {FORMAT}; export the model again")
+        names = [f.name for f in fields(cls)]
+        absent = [name for name in names if name not in found]
+        if absent:
+            raise DataError(f"{where} lacks {', '.join(absent)}; export the model again")
+        return cls(**{name: found[name] for name in names})
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An exported model, or a checkpoint of a run, on disk."""
+
+    folder: Path
+    description: Description
+    weights: tuple[Path, ...]
+
+    def tensors(self) -> dict[str, Tensor]:
+        """All weights, by their names in the pretraining model: `model.encoder...`, `model.decoder...`, `log_variances`."""
+        found: dict[str, Tensor] = {}
+        for path in self.weights:
+            prefix = ENCODER if path.name == ENCODER_FILE else ""
+            found |= {prefix + name: tensor for name, tensor in read_tensors(path).items()}
+        return found
+
+    def encoder_tensors(self) -> dict[str, Tensor]:
+        """Weights of the encoder, by its own names.  Nothing else is read, except from a checkpoint."""
+        tensors = read_tensors(self.weights[0])
+        if self.weights[0].name == ENCODER_FILE:
+            return tensors
+        return {name.removeprefix(ENCODER): t for name, t in tensors.items() if name.startswith(ENCODER)}
+
+    def pretraining_tensors(self) -> dict[str, Tensor]:
+        """All weights, for uses that need the decoder too.  Raises DataError where only the encoder was kept."""
+        tensors = self.tensors()
+        if all(name.startswith(ENCODER) for name in tensors):
+            raise DataError(f"{self.folder} holds the encoder only ({PRETRAINING_FILE} is not there); name a folder with both")
+        return tensors
+
+
+def open_exported(path: Path) -> Exported:
+    """The exported model at `path`: its folder, the run that holds it, or a checkpoint.  Raises DataError if there is none."""
+    for folder in (path, path / EXPORTED):
+        if (folder / CONFIG).is_file() and (folder / ENCODER_FILE).is_file():
+            files = tuple(folder / name for name in (ENCODER_FILE, PRETRAINING_FILE) if (folder / name).is_file())
+            return Exported(folder, Description.from_json(_read_json(folder / CONFIG), folder / CONFIG), files)
+    if (path / STATE).is_file() and (path / CHECKPOINT_FILE).is_file():
+        found = _read_json(path / STATE)
+        description = Description.from_json(found.get("description") if isinstance(found, dict) else None, path / STATE)
+        return Exported(path, description, (path / CHECKPOINT_FILE,))
+    raise DataError(
+        f"{path} is no exported model: there is neither {ENCODER_FILE} with {CONFIG}, in it or in its folder '{EXPORTED}', nor "
+        f"a checkpoint ({CHECKPOINT_FILE} with {STATE})"
+    )
+
+
+def write_exported(folder: Path, description: Description, tensors: Mapping[str, Tensor]) -> Path:
+    """Write an exported model: it appears whole, in place of what had its name.
+
+    `tensors`: by their names in the pretraining model; the encoder alone is enough.  Raises DataError if the disk does not
+    take it.
+    """
+    plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
+    encoder = {name.removeprefix(ENCODER): t for name, t in plain.items() if name.startswith(ENCODER)}
+    rest = {name: t for name, t in plain.items() if not name.startswith(ENCODER)}
+    text = json.dumps(description.to_json(), indent=1, allow_nan=False)
+    with complete_or_absent_folder(folder) as incoming:
+        try:
+            save_file(encoder, incoming / ENCODER_FILE, metadata={"mmearth_ray": text})
+            if rest:
+                save_file(rest, incoming / PRETRAINING_FILE)
+        except SafetensorError as error:
+            raise OSError(str(error)) from error
+        (incoming / CONFIG).write_text(text + "\n", encoding="utf-8")
+        (incoming / CARD).write_text(model_card(description.to_json()), encoding="utf-8")
+    return folder
+
+
+def statistics_by_product(mean: np.ndarray, std: np.ndarray) -> dict[str, dict[str, list[float | None]]]:
+    """Mean and deviation of bands, float32 (products, bands) with NaN where unknown, as a description holds them."""
+    return {product: {"mean": _numbers(mean[row]), "std": _numbers(std[row])} for row, product in enumerate(PRODUCTS)}
+
+
+def _numbers(values: np.ndarray) -> list[float | None]:
+    return [float(v) if np.isfinite(v) else None for v in values]
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Tensors of one safetensors file, on the CPU.  Raises DataError if it cannot be read."""
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"{path} cannot be read ({error})") from error
+
+
+def _read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path} cannot be read ({error})") from error

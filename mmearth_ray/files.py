@@ -1,0 +1,77 @@
+"""Files and folders that appear under their names complete, or not at all."""
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from mmearth_ray.errors import DataError
+
+
+@contextmanager
+def complete_or_absent(path: Path) -> Iterator[Path]:
+    """A temporary path beside `path` to write to: it takes the name when all went well, and is removed otherwise.
+
+    Raises DataError if the disk does not take it.
+    """
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        yield temporary
+        with temporary.open("rb") as file:
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(write_failure(path, error)) from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def complete_or_absent_folder(folder: Path) -> Iterator[Path]:
+    """The same for a folder: what was there under its name before stays until the new one is complete.
+
+    Raises DataError if the disk does not take it.
+    """
+    incoming, removed = (folder.with_name(f".{folder.name}.{part}") for part in ("incoming", "removed"))
+    try:
+        shutil.rmtree(incoming, ignore_errors=True)
+        incoming.mkdir(parents=True)
+        yield incoming
+        for path in [*incoming.iterdir(), incoming]:
+            flush(path)
+        shutil.rmtree(removed, ignore_errors=True)
+        if folder.exists():
+            folder.replace(removed)
+        incoming.replace(folder)
+        flush(folder.parent)
+    except OSError as error:
+        raise DataError(write_failure(folder, error)) from error
+    finally:
+        for left in (incoming, removed):
+            shutil.rmtree(left, ignore_errors=True)
+
+
+def flush(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def write_failure(path: Path, error: OSError) -> str:
+    """One line on why a file could not be written, and what to do."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    if full:
+        return f"no space left on the disk of {path.parent} while writing {path.name}; free some and run the command again"
+    return f"cannot write {path}: {error.strerror or error}"
+
+
+def atomic_text(path: Path, text: str) -> None:
+    """Write a text file that is either complete or absent.  Raises DataError if the disk does not take it."""
+    with complete_or_absent(path) as temporary:
+        temporary.write_text(text, encoding="utf-8")

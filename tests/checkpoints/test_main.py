@@ -1,0 +1,117 @@
+"""The commands import and export: every form there and back, one line for every mistake."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from processes import train
+from published_case import STRUCTURES, make_case
+from safetensors.torch import load_file
+from tiny_earth import make_data_set
+from torch import Tensor
+
+from mmearth_ray.checkpoints.__main__ import main
+from mmearth_ray.checkpoints.folder import open_exported
+from mmearth_ray.errors import run_command
+
+Run = Callable[..., str]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str]) -> Run:
+    """Runs a command that must succeed and returns what it printed."""
+
+    def command(*arguments: object) -> str:
+        assert run_command(main, [str(a) for a in arguments]) == 0
+        return capsys.readouterr().out
+
+    return command
+
+
+def save(path: Path, state: dict[str, Tensor]) -> Path:
+    torch.save({"model": state, "epoch": 3, "args": None}, path)
+    return path
+
+
+def test_import_then_export_gives_the_file_back(run: Run, tmp_path: Path) -> None:
+    state = make_case(STRUCTURES["patch 32, two decoder blocks"]).state
+    printed = run("import", save(tmp_path / "a.pth", state), tmp_path / "model")
+    assert "channels [8, 16, 16, 24], patch 32 px, modified stem" in printed
+    assert "no statistics" in printed
+    run("export", tmp_path / "model", tmp_path / "b.pth")
+    again = torch.load(tmp_path / "b.pth", weights_only=False)["model"]
+    assert again.keys() == state.keys()
+    assert all(torch.equal(again[key], value) for key, value in state.items())
+
+
+def test_statistics_come_from_the_converted_release(run: Run, tmp_path: Path) -> None:
+    data = make_data_set(tmp_path / "data", tiles=8, size=32)
+    run("import", save(tmp_path / "a.pth", make_case({}).state), tmp_path / "model", f"shards={data.directory}")
+    description = open_exported(tmp_path / "model").description
+    assert description.statistics is not None
+    expected = (data.release_statistics or data.statistics)["sentinel2"]["l2a"]["B3"]["mean"]
+    assert description.statistics["l2a"]["mean"][2] == pytest.approx(expected, rel=1e-6)
+    assert description.data_set == data.name
+
+
+def test_a_run_and_its_checkpoint_export_alike(run: Run, tmp_path: Path) -> None:
+    data = make_data_set(tmp_path / "data", tiles=8, size=32).directory
+    train(data, tmp_path / "run", "train.steps=2", "model.stem=original", "model.image_size=32", "model.patch_size=16")
+    from_run, from_checkpoint = tmp_path / "run.pth", tmp_path / "checkpoint.pth"
+    run("export", tmp_path / "run", from_run)
+    run("export", tmp_path / "run" / "checkpoints" / "step-00000002", from_checkpoint)
+    states = [torch.load(path, weights_only=False)["model"] for path in (from_run, from_checkpoint)]
+    assert all(torch.equal(value, states[1][key]) for key, value in states[0].items())
+    run("import", from_run, tmp_path / "again")
+    ours, back = (open_exported(tmp_path / name) for name in ("run", "again"))
+    assert all(torch.equal(value, back.tensors()[name]) for name, value in ours.tensors().items())
+    for name in ("bands", "targets", "target_bands", "patch_size", "stem", "depths", "dims", "weighting", "normalise_targets"):
+        assert getattr(ours.description, name) == getattr(back.description, name)
+
+
+def test_the_encoder_alone_is_a_folder_with_a_card(run: Run, tmp_path: Path) -> None:
+    run("import", save(tmp_path / "a.pth", make_case({}).state), tmp_path / "model")
+    run("export", tmp_path / "model", tmp_path / "encoder")
+    assert sorted(p.name for p in (tmp_path / "encoder").iterdir()) == ["README.md", "config.json", "encoder.safetensors"]
+    run("export", tmp_path / "model", tmp_path / "whole", "format=model")
+    assert (tmp_path / "whole" / "pretraining.safetensors").is_file()
+    weights = [load_file(tmp_path / name / "encoder.safetensors") for name in ("model", "encoder")]
+    assert all(torch.equal(value, weights[1][key]) for key, value in weights[0].items())
+    assert json.loads((tmp_path / "encoder" / "config.json").read_text())["bands"][0] == "B1"
+
+
+def test_timm_names_where_the_structure_is_the_same(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run("import", save(tmp_path / "a.pth", make_case({"stem": "original", "patch_size": 32}).state), tmp_path / "same")
+    run("export", tmp_path / "same", tmp_path / "timm.safetensors")
+    assert "stages.1.downsample.1.weight" in load_file(tmp_path / "timm.safetensors")
+    run("import", save(tmp_path / "b.pth", make_case({}).state), tmp_path / "other")
+    assert run_command(main, ["export", str(tmp_path / "other"), str(tmp_path / "no.safetensors")]) == 1
+    assert "original" in capsys.readouterr().err
+    assert not (tmp_path / "no.safetensors").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        ((), 2, "name a command: import, export"),
+        (("improt",), 2, "there is no command 'improt'"),
+        (("import", "FILE"), 2, "usage: python -m mmearth_ray.checkpoints import FILE.pth OUT [key=value ...]"),
+        (("import", "none.pth", "OUT"), 1, "cannot be read as a PyTorch checkpoint"),
+        (("export", "nothing", "OUT.pth"), 1, "nothing is no exported model"),
+        (("export", "nothing", "OUT.h5"), 2, "its suffix is none of .pth, .onnx and .safetensors"),
+        (("export", "nothing", "OUT", "format=tensorflow"), 2, "format"),
+        (("export", "nothing", "no/such/folder/OUT.pth"), 2, "there is no folder no/such/folder"),
+    ],
+)
+def test_mistakes_are_one_line(
+    arguments: tuple[str, ...], code: int, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    assert run_command(main, list(arguments)) == code
+    error = capsys.readouterr().err
+    assert message in error
+    assert len(error.splitlines()) == 1
+    assert not list(tmp_path.iterdir())

@@ -1,0 +1,52 @@
+"""Files and folders appear complete or not at all, and failures say what to do."""
+
+import errno
+import os
+from pathlib import Path
+
+import pytest
+
+from mmearth_ray.errors import DataError
+from mmearth_ray.files import atomic_text, complete_or_absent_folder, write_failure
+
+
+def _full(*_: object) -> None:
+    raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_a_failed_text_keeps_the_old_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.json"
+    atomic_text(path, "old")
+    monkeypatch.setattr(os, "fsync", _full)
+    with pytest.raises(DataError, match="no space left on the disk"):
+        atomic_text(path, "new")
+    assert path.read_text() == "old"
+    assert [p.name for p in tmp_path.iterdir()] == ["a.json"]
+
+
+def test_failures_say_what_to_do() -> None:
+    assert "free some" in write_failure(Path("/d/x"), OSError(errno.EDQUOT, "quota"))
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    assert write_failure(Path("/d/x"), denied) == "cannot write /d/x: Permission denied"
+
+
+def _write(folder: Path, divisor: int) -> None:
+    with complete_or_absent_folder(folder) as incoming:
+        (incoming / "half").write_text("half")
+        (incoming / "rest").write_text(str(1 / divisor))
+
+
+def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "model"
+    for text in ("old", "new"):
+        with complete_or_absent_folder(folder) as incoming:
+            (incoming / text).write_text(text)
+            assert not (folder / text).exists()
+        assert [p.name for p in folder.iterdir()] == [text]
+    with pytest.raises(ZeroDivisionError):
+        _write(folder, 0)
+    monkeypatch.setattr(os, "fsync", _full)
+    with pytest.raises(DataError, match="no space left"):
+        _write(folder, 1)
+    assert [p.name for p in folder.iterdir()] == ["new"]
+    assert [p.name for p in tmp_path.iterdir()] == ["model"]
