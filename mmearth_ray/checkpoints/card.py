@@ -28,14 +28,21 @@ def _listed(names: list[str]) -> str:
 
 
 def _use(d: Mapping[str, Any]) -> str:
-    known = "" if d["statistics"] else "  # statistics are unknown: normalise with those of your data"
+    if d["statistics"]:
+        product = sorted(d["statistics"])[-1]
+        normalise = (
+            f'encoder.normalise("{product}")(raw)  # or {_listed(sorted(d["statistics"])[:-1])}, by product of the sensor'
+        )
+    else:
+        normalise = "Normalise(mean, std, missing)(raw)  # from mmearth_ray.model.normalise; statistics were not kept"
     return (
         "## Use\n\n```python\nimport mmearth_ray\n\n"
         'encoder = mmearth_ray.load_encoder("THIS FOLDER").eval()\n'
-        f"# raw: float tensor (batch, {len(d['bands'])}, height, width), sides multiples of {d['patch_size']}, bands as below\n"
-        f"features = encoder.forward_features(encoder.normalise(raw))  # (batch, {d['dims'][-1]}, height / {d['patch_size']}, "
-        f"width / {d['patch_size']}){known}\n```\n\n"
-        "`encoder.safetensors` is a plain dense ConvNeXt V2 state dict; nothing in it needs this package.\n"
+        f"# raw: (batch, {len(d['bands'])}, height, width), bands as below, sides multiples of {d['patch_size']}\n"
+        f"x = {normalise}\n"
+        f"features = encoder.forward_features(x)  # (batch, {d['dims'][-1]}, height / {d['patch_size']}, "
+        f"width / {d['patch_size']})\n```\n\n"
+        "`encoder.safetensors` is the state dict of a plain dense ConvNeXt V2; nothing in it needs this package.\n"
     )
 
 

@@ -58,10 +58,13 @@ def export_onnx(encoder: DenseEncoder | FeatureEncoder, path: str | Path) -> Pat
     the right and below is left out or fails.  The file's metadata hold bands, patch size, missing values and statistics.
 
     The file appears under its name only once onnxruntime gives the same numbers with it, for another size than exported
-    with.  Raises UsageError where the packages are not installed or the weights too large, RuntimeError where numbers differ.
+    with.  Raises UsageError where packages or the folder are not there or the weights too large, RuntimeError where numbers
+    differ.
     """
     onnx, onnxruntime = _packages()
     path = Path(path)
+    if not path.parent.is_dir():
+        raise UsageError(f"{path}: there is no folder {path.parent}")
     patch = encoder.patch_size
     copied = deepcopy(encoder).to("cpu", torch.float32)
     module = (_Dense(copied) if isinstance(copied, DenseEncoder) else _Features(copied)).eval()

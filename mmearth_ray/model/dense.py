@@ -102,14 +102,15 @@ class DenseEncoder(MapEncoder):
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """Maps of the stages `indices` (see `pick_stages`), after the final map unless `intermediates_only`.
 
-        With `stop_early` the final map is that of the last stage asked for.  `norm` changes nothing: there is none.
+        With `stop_early` nothing is computed after the last stage asked for, whose map is then the final one.  `norm` changes
+        nothing: there is none.
         """
         if output_fmt != "NCHW":
             raise ValueError(f"output_fmt must be 'NCHW'; got '{output_fmt}'")
         places = pick_stages(indices, len(self.stages))
-        maps = self.maps(x)
+        maps = self.maps(x, last=places[-1] if stop_early or intermediates_only else -1)
         found = [maps[i] for i in places]
-        return found if intermediates_only else (maps[places[-1] if stop_early else -1], found)
+        return found if intermediates_only else (maps[-1], found)
 
     def get_classifier(self) -> nn.Module:
         return self.head.fc

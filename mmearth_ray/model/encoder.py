@@ -105,15 +105,16 @@ class Encoder(nn.Module):
         """
         return self.stages_of(image_BCHW, visible_BV)[-1]
 
-    def stages_of(self, image_BCHW: Tensor, visible_BV: Tensor | None = None) -> list[Tensor]:
-        """Features after each stage; stage i has cells of patch / 8 * 2^i px: (B, V, 8 / 2^i, 8 / 2^i, D_i), or dense maps."""
+    def stages_of(self, image_BCHW: Tensor, visible_BV: Tensor | None = None, last: int = -1) -> list[Tensor]:
+        """Features after each stage up to `last`, whose cells are patch / 8 * 2^i px wide: (B, V, 8 / 2^i, 8 / 2^i, D_i), or
+        dense maps."""
         layout = self._layout(image_BCHW, visible_BV)
         x_BVQQD, found = self._embed(image_BCHW, layout), []
-        for number, blocks in enumerate(self.stages):
+        for number in range(len(self.stages))[: last + 1 or None]:
             if number > 0:
                 norm, halve = self.downsample_layers[number - 1]  # type: ignore[misc]
                 x_BVQQD = halve(norm(x_BVQQD), layout)
-            for block in blocks:  # type: ignore[attr-defined]
+            for block in self.stages[number]:  # type: ignore[attr-defined]
                 x_BVQQD = block(x_BVQQD, layout)
             found.append(x_BVQQD)
         return found

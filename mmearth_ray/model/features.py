@@ -82,9 +82,9 @@ class MapEncoder(Encoder):
         self.description: Any = None  # of pretraining, where the weights come from some: `checkpoints.load` sets it
         self.feature_info = FeatureInfo(dims, patch_size, range(len(dims)))
 
-    def maps(self, image_BCHW: Tensor) -> list[Tensor]:
-        """Features after each stage: (B, D_i, H_i, W_i), channels last in memory."""
-        return [x_B1HWD.squeeze(1).permute(0, 3, 1, 2) for x_B1HWD in self.stages_of(image_BCHW)]
+    def maps(self, image_BCHW: Tensor, last: int = -1) -> list[Tensor]:
+        """Features after each stage up to `last`: (B, D_i, H_i, W_i), channels last in memory."""
+        return [x_B1HWD.squeeze(1).permute(0, 3, 1, 2) for x_B1HWD in self.stages_of(image_BCHW, last=last)]
 
     @property
     def bands(self) -> tuple[str, ...] | None:

@@ -1,8 +1,7 @@
 """The convolutions of an encoder by MinkowskiEngine 0.5.4, on visible cells only, where it is installed (`make minkowski`).
 
 An alternative to `PackedLayout` with the same weights and, up to rounding, the same results: the library that the published
-code computes with.  It runs on CPUs, and adds up in an order that its threads settle: unlike the packed backend it need not
-give the same bits twice.
+code computes with.  It runs on CPUs, in float32 or float64 (under autocast, too).
 
 Cells are sites of a sparse tensor, also those whose values are all zero.  A cell of a block with Q cells along its side
 covers FINEST / Q units; its site is the (image, row, column) of its first unit, its tensor stride FINEST / Q.
@@ -16,6 +15,8 @@ import importlib
 import os
 import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
 
@@ -64,6 +65,17 @@ def _engine() -> ModuleType:
             os.environ.pop("OMP_NUM_THREADS", None)
 
 
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    """Where several threads fill a kernel map, its order, and with it the last bits of sums, differs from run to run."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
 class _Channelwise(torch.autograd.Function):
     """What MinkowskiChannelwiseConvolution computes with a kernel map, (N, D) and kernel (L, D) -> (M, D), and its gradient.
 
@@ -106,8 +118,8 @@ class MinkowskiLayout:
         self.grid = grid
         self.visible_BV = visible_BV
         self._engine = _engine()
-        cpu = self._engine.CoordinateMapType.CPU
-        self._manager = self._engine.CoordinateManager(D=2, coordinate_map_type=cpu)
+        cpu, threads = self._engine.CoordinateMapType.CPU, torch.get_num_threads()  # it sets these for the whole process
+        self._manager = self._engine.CoordinateManager(D=2, num_threads=threads, coordinate_map_type=cpu)
         self._keys: dict[int, Any] = {}
         self._maps: dict[tuple[int, int, int], KernelMap] = {}
 
@@ -133,6 +145,7 @@ class MinkowskiLayout:
     def _convolution(self, x_BVQQD: Tensor, weight_ODKK: Tensor, bias_O: Tensor | None, stride: int) -> Tensor:
         cells, after, kernel_LDO = x_BVQQD.shape[2], x_BVQQD.shape[2] // stride, _kernel(weight_ODKK)
         kernel = self._engine.KernelGenerator(weight_ODKK.shape[-1], stride, dimension=2)
+        self._pairs(cells, weight_ODKK.shape[-1], stride)  # the engine keeps it, and finds it again
         mode = importlib.import_module("MinkowskiEngineBackend._C").ConvolutionMode.DEFAULT
         out_MO = self._engine.MinkowskiConvolutionFunction.apply(
             _rows(x_BVQQD, kernel_LDO), kernel_LDO, kernel, mode, self._sites(cells), self._sites(after), self._manager
@@ -153,7 +166,8 @@ class MinkowskiLayout:
         """The sites that a kernel joins, from blocks with `cells` cells along their sides."""
         if (cells, kernel_size, stride) not in self._maps:
             keys = self._sites(cells), self._sites(cells // stride)
-            self._maps[cells, kernel_size, stride] = self._manager.kernel_map(*keys, stride, kernel_size)
+            with _one_thread():
+                self._maps[cells, kernel_size, stride] = self._manager.kernel_map(*keys, stride, kernel_size)
         return self._maps[cells, kernel_size, stride]
 
     def _sites(self, cells: int) -> Any:

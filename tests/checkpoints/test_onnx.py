@@ -11,8 +11,8 @@ from tensors import assert_near, randomise
 
 from mmearth_ray.checkpoints import onnx as exporting
 from mmearth_ray.checkpoints.onnx import export_onnx
-from mmearth_ray.errors import DataError, UsageError
-from mmearth_ray.model.dense import DenseEncoder, create_encoder
+from mmearth_ray.errors import UsageError
+from mmearth_ray.model.dense import DenseEncoder
 from mmearth_ray.model.encoder import STEMS, Stem
 from mmearth_ray.model.features import FeatureEncoder
 from mmearth_ray.model.normalise import Inputs
@@ -36,11 +36,16 @@ def run(path: Path, image: torch.Tensor) -> dict[str, torch.Tensor]:
 
 
 @pytest.mark.parametrize("stem", STEMS)
-def test_features_agree_for_other_batches_and_sizes(stem: Stem, generator: torch.Generator, tmp_path: Path) -> None:
+def test_a_file_gives_the_features_of_other_batches_and_sizes_and_says_what_it_takes(
+    stem: Stem, generator: torch.Generator, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     encoder = DenseEncoder(3, DEPTHS, DIMS, 16, stem, INPUTS)
     randomise(encoder, generator)
+    encoder.train()
     path = export_onnx(encoder, tmp_path / "encoder.onnx")
+    assert encoder.training  # as it was
     assert list(tmp_path.iterdir()) == [path]
+    assert capfd.readouterr() == ("", "")
     for shape in ((1, 3, 16, 16), (5, 3, 48, 16), (2, 3, 112, 112)):
         image = torch.randn(*shape, generator=generator)
         found = run(path, image)
@@ -48,30 +53,6 @@ def test_features_agree_for_other_batches_and_sizes(stem: Stem, generator: torch
             assert_near(found["features"], encoder.forward_features(image), 1e-4)
             assert_near(found["pooled"], encoder(image), 1e-4)
 
-
-def test_lists_of_maps_and_class_scores_have_outputs_of_their_own(generator: torch.Generator, tmp_path: Path) -> None:
-    maps = FeatureEncoder(3, DEPTHS, DIMS, 8, inputs=INPUTS, out_indices=(0, 2))
-    scores = DenseEncoder(3, DEPTHS, DIMS, 8, num_classes=5)
-    image = torch.randn(1, 3, 40, 24, generator=generator)
-    for encoder in (maps, scores):
-        randomise(encoder, generator)
-        encoder.train()
-        export_onnx(encoder, tmp_path / "encoder.onnx")
-        assert encoder.training  # as it was
-        found = run(tmp_path / "encoder.onnx", image)
-        with torch.no_grad():
-            if isinstance(encoder, DenseEncoder):
-                assert set(found) == {"features", "scores"}
-                assert_near(found["scores"], encoder(image), 1e-4)
-            else:
-                for name, expected in zip(("stage0", "stage2"), encoder(image), strict=True):
-                    assert_near(found[name], expected, 1e-4, name)
-
-
-def test_the_file_says_what_it_takes_and_nothing_of_this_machine(generator: torch.Generator, tmp_path: Path) -> None:
-    encoder = DenseEncoder(3, DEPTHS, DIMS, 16, inputs=INPUTS)
-    randomise(encoder, generator)
-    path = export_onnx(encoder, tmp_path / "encoder.onnx")
     model = onnx.load(path)
     facts = {entry.key: json.loads(entry.value) for entry in model.metadata_props}
     assert facts == {
@@ -80,13 +61,22 @@ def test_the_file_says_what_it_takes_and_nothing_of_this_machine(generator: torc
     }  # fmt: skip
     (image,) = model.graph.input
     assert [d.dim_param or d.dim_value for d in image.type.tensor_type.shape.dim] == ["batch", 3, "16*rows", "16*columns"]
-    assert b".py" not in path.read_bytes()
+    assert b".py" not in path.read_bytes()  # no traces of source files, which name paths of this machine
+
+
+def test_lists_of_maps_have_an_output_each(generator: torch.Generator, tmp_path: Path) -> None:
+    encoder = FeatureEncoder(3, DEPTHS, DIMS, 8, out_indices=(0, 2))
+    randomise(encoder, generator)
+    found = run(export_onnx(encoder, tmp_path / "encoder.onnx"), image := torch.randn(1, 3, 40, 24, generator=generator))
+    with torch.no_grad():
+        for name, expected in zip(("stage0", "stage2"), encoder(image), strict=True):
+            assert_near(found[name], expected, 1e-4, name)
 
 
 def test_a_file_whose_numbers_differ_is_not_written(
     generator: torch.Generator, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    encoder, path = DenseEncoder(3, DEPTHS, DIMS), tmp_path / "encoder.onnx"
+    encoder, path = DenseEncoder(3, DEPTHS, DIMS, num_classes=5), tmp_path / "encoder.onnx"
     randomise(encoder, generator)
     path.write_bytes(b"earlier")
     monkeypatch.setattr(exporting, "TOLERANCE", 0.0)
@@ -97,7 +87,7 @@ def test_a_file_whose_numbers_differ_is_not_written(
 
 def test_what_cannot_be_exported_is_explained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     encoder = DenseEncoder(3, DEPTHS, DIMS)
-    with pytest.raises(DataError, match="No such file"):
+    with pytest.raises(UsageError, match="there is no folder"):
         export_onnx(encoder, tmp_path / "absent" / "encoder.onnx")
     monkeypatch.setattr(exporting, "LIMIT", 1000)
     with pytest.raises(UsageError, match="at most 2 GiB"):
@@ -105,9 +95,3 @@ def test_what_cannot_be_exported_is_explained(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(UsageError, match=r"pip install 'mmearth-ray\[onnx\]'"):
         export_onnx(encoder, tmp_path / "encoder.onnx")
-
-
-def test_a_published_size_with_its_bands(tmp_path: Path) -> None:
-    encoder = create_encoder("atto", patch_size=16)
-    export_onnx(encoder, tmp_path / "atto.onnx")
-    assert run(tmp_path / "atto.onnx", torch.zeros(1, 12, 112, 112))["features"].shape == (1, 320, 7, 7)
