@@ -2,6 +2,8 @@
 #   make pretrain   install, then pretrain on the embedded data set     make test     the test suite (3 minutes)
 #   make lint       ruff and pyright                                    make drills   kill, hang and restart real processes
 #   make bench      measure a training step                             make lock     write the lock file from .venv
+#   make minkowski  build MinkowskiEngine for model.backend=minkowski (needs g++; minutes)
+#   make interop    the adapters beside TorchGeo and TerraTorch, in .venv-interop
 
 VENV := .venv
 PY := $(VENV)/bin/python
@@ -10,7 +12,7 @@ USABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info <
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c '$(USABLE)' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: install pretrain test lint format drills drills-quick bench lock clean
+.PHONY: install pretrain test lint format drills drills-quick bench lock interop minkowski clean
 
 install: $(STAMP)
 
@@ -45,10 +47,17 @@ drills-quick: $(STAMP)
 bench: $(STAMP)
 	$(PY) -m benchmarks.bench_step
 
+interop:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 with the venv module was found; install one, or set PYTHON=..."; exit 1; }
+	tools/interop.sh $(PYTHON)
+
+minkowski: $(STAMP)
+	tools/build_minkowski.sh $(VENV)
+
 # +cpu and the like name a local build of the same version
 lock: $(STAMP)
 	(echo "# Exact versions that the project is tested with: written by 'make lock', installed by 'make install'."; \
-	 $(PY) -m pip freeze --exclude-editable | sed 's/+cpu$$//') > requirements.lock
+	 $(PY) -m pip freeze --exclude-editable | grep -v -i -e '^minkowski' -e '^scipy-openblas' | sed 's/+cpu$$//') > requirements.lock
 
 clean:
 	rm -rf $(VENV) data/embedded runs
