@@ -23,6 +23,7 @@ from mmearth_ray.config import (
     FREE_ON_RESUME,
     Config,
     input_of,
+    micro_batch_of,
     normalised_targets,
     targets_of,
     visible_patches,
@@ -186,12 +187,18 @@ def build_objective(experiment: Experiment, *, initial: bool = True) -> Objectiv
 
 
 def fixed_settings(config: Config) -> dict[str, Any]:
-    """The settings that a run keeps for its whole life, by dotted name."""
-    return {
+    """The settings that a run keeps for its whole life, by dotted name.
+
+    The micro-batch is one of them where it is what GRN or a loss runs over.
+    """
+    fixed = {
         name: value
         for name, value in settings.flatten(config).items()
         if name.startswith(FIXED_ON_RESUME) and name not in FREE_ON_RESUME
     }
+    if config.model.grn == "batch" or config.train.averaging == "local":
+        fixed["train.micro_batch"] = micro_batch_of(config)
+    return fixed
 
 
 def check_resume(experiment: Experiment, found: dict[str, Any], identity: dict[str, str], where: Path) -> None:

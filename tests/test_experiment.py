@@ -216,6 +216,20 @@ def test_resuming_with_other_free_settings_is_fine(manifest: Manifest) -> None:
         check_resume(changed, found, started.identity, Path("runs/a"))
 
 
+@pytest.mark.parametrize("mode", ["model.grn=batch", "train.averaging=local"])
+def test_modes_that_run_over_the_micro_batch_keep_it(mode: str, manifest: Manifest) -> None:
+    """Whatever the number of workers: with the same micro-batch, the same tiles are averaged together."""
+    alone, together = (
+        open_experiment(configured("train.steps=10", mode, workers, "train.micro_batch=4"), manifest.directory)
+        for workers in ("train.workers=1", "train.workers=2")
+    )
+    found = fixed_settings(alone.config)
+    check_resume(together, found, alone.identity, Path("runs/a"))
+    other = open_experiment(configured("train.steps=10", mode, "train.micro_batch=2"), manifest.directory)
+    with pytest.raises(UsageError, match=r"runs/a was trained with train.micro_batch=4, this command says 2"):
+        check_resume(other, found, alone.identity, Path("runs/a"))
+
+
 def test_resuming_on_other_data_or_another_table_is_refused(manifest: Manifest, tmp_path: Path) -> None:
     started = open_experiment(configured(), manifest.directory)
     found = fixed_settings(started.config)

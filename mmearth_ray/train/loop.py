@@ -161,11 +161,11 @@ def _step(
     agreed = _all_sum(torch.cat([counts, torch.tensor([int(stop)])]), engine.device)
     totals, stop = agreed[:-1], bool(agreed[-1])
     share = 1.0 / (worker.workers * len(batches))
-    errors = torch.zeros(len(totals), dtype=torch.float64)
+    errors = torch.zeros(len(totals), dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(batches, 1):
         tensors = to_device(batch, engine.device)
         divisors = torch.from_numpy(batch["count"].sum(0)) / share if local else totals
-        errors += engine.backward(tensors, divisors.to(engine.device), share, last=number == len(batches)).double().cpu()
+        errors += engine.backward(tensors, divisors.to(engine.device), share, last=number == len(batches)).double()
     tiles = sum(len(batch["id"]) for batch in batches) * worker.workers
     sums = Sums.over_workers(errors, totals, tiles, engine)
     if not np.isfinite(sums.loss) or not engine.gradients_are_finite():
