@@ -173,6 +173,8 @@ def check(config: Config) -> None:
             f"train.micro_batch={train.micro_batch} does not divide the {per_worker} tiles that each of "
             f"{train.workers} workers takes of train.global_batch={train.global_batch}"
         )
+    if model.backend == "minkowski" and train.gpus:
+        raise UsageError("model.backend=minkowski runs on CPUs only; set train.gpus=false or model.backend=packed")
     if train.steps is not None and train.epochs is not None:
         raise UsageError("give train.steps or train.epochs, not both")
     input_of(config)

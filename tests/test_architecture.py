@@ -47,8 +47,19 @@ ONLY_IN = {
     "torch": ("model.", "losses", "objective", "checkpoints.", "experiment", "train.", "adapters.", "evaluate."),
 }
 # Rooms that know modalities by their rows only.
-NAMELESS = ("stream", "model", "losses", "objective", "train", "report", "experiment", "pretrain", "config",
-            "checkpoints", "adapters")
+NAMELESS = (
+    "stream",
+    "model",
+    "losses",
+    "objective",
+    "train",
+    "report",
+    "experiment",
+    "pretrain",
+    "config",
+    "checkpoints",
+    "adapters",
+)
 
 
 def module_name(path: Path) -> str:

@@ -1,6 +1,7 @@
 """The configuration of pretraining: what does not fit together is said, and the rules that follow from it."""
 
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -18,8 +19,9 @@ from mmearth_ray.config import (
     visible_patches,
 )
 from mmearth_ray.errors import UsageError
-from mmearth_ray.modalities import tasks
-from mmearth_ray.model.encoder import PATCH_SIZES, SIZES, STEMS
+from mmearth_ray.modalities import Missing, tasks
+from mmearth_ray.model.encoder import BACKENDS, PATCH_SIZES, SIZES, STEMS
+from mmearth_ray.model.layers import SCOPES
 from mmearth_ray.model.mpmae import WIDE
 
 
@@ -130,6 +132,7 @@ def test_the_learning_rate_grows_with_the_global_batch_unless_set_itself() -> No
         (["figure.tiles=5"], "figure.tiles=5: must be at most 4"),
         (["train.epochs=.inf"], "train.epochs=inf: must be a finite number"),
         (["seed=99999999999999999999"], "seed=99999999999999999999: must be below 9.22337e+18"),
+        (["model.backend=minkowski", "train.gpus=true"], "model.backend=minkowski runs on CPUs only; set train.gpus=false"),
     ],
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_refused_with_values_and_remedy(arguments: list[str], message: str) -> None:
@@ -169,4 +172,7 @@ def test_the_choices_offered_are_those_the_model_has() -> None:
     assert choices["model.size"] == tuple(SIZES)
     assert choices["model.patch_size"] == PATCH_SIZES
     assert choices["model.stem"] == STEMS
+    assert choices["model.backend"] == BACKENDS
+    assert choices["model.grn"] == tuple(SCOPES)
+    assert choices["model.missing"] == get_args(Missing)
     assert choices["model.init_scheme"] == tuple(WIDE)

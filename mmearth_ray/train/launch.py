@@ -104,7 +104,9 @@ def uses_gpus(config: Config) -> bool:
     found = int(ray.cluster_resources().get("GPU", 0))
     if config.train.gpus and found < config.train.workers:
         raise UsageError(f"train.gpus=true needs {config.train.workers} GPUs, the cluster has {found}; use fewer train.workers")
-    return found >= config.train.workers if config.train.gpus is None else config.train.gpus
+    if config.train.gpus is None:
+        return found >= config.train.workers and config.model.backend != "minkowski"
+    return config.train.gpus
 
 
 def check_cluster(config: Config) -> Share:
