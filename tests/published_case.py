@@ -20,6 +20,7 @@ STRUCTURES: dict[str, dict[str, Any]] = {
     "original stem, patch 8": {"stem": "original"},
     "original stem, patch 16, colour": {"stem": "original", "patch_size": 16, "bands": ["B2", "B3", "B4"]},
     "patch 32, two decoder blocks": {"patch_size": 32, "decoder_depth": 2},
+    "its input alone, in colour": {"patch_size": 32, "stem": "original", "bands": ["B2", "B3", "B4"], "targets": ["sentinel2"]},
     "one band": {"bands": ["B8"], "stem": "original"},
     "a choice of tasks in an order of its own": {"targets": ["biome", "sentinel2", "esa_worldcover", "lat"]},
     "maps only, unweighted": {"targets": ["sentinel2", "sentinel1", "dynamic_world"], "weighting": "unweighted"},

@@ -41,7 +41,7 @@ def _import(places: list[Path], options: ImportOptions) -> int:
     size = description.size or f"channels {description.dims}"
     print(f"{out}: ConvNeXt V2 {size}, patch {description.patch_size} px, {description.stem} stem, {len(tensors)} tensors")
     print(f"  input    {description.input}: {', '.join(description.bands)}")
-    print(f"  targets  {', '.join(description.targets)}")
+    print(f"  targets  {', '.join(description.targets) or 'none of MMEarth: the encoder alone was imported'}")
     if not description.statistics:
         print("  no statistics: a .pth has none; name the converted release as shards=DIR to keep them with the weights")
     return 0

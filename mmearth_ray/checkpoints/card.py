@@ -12,9 +12,11 @@ def model_card(description: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             "---\nlibrary_name: mmearth-ray\ntags: [earth-observation, masked-autoencoder, convnextv2, mmearth]\n---",
-            f"# {name}, patch {d['patch_size']} px, pretrained as MP-MAE\n",
+            f"# {name}, patch {d['patch_size']} px, pretrained as a masked autoencoder\n",
             f"An encoder for {d['input']}, pretrained to predict {_listed(d['targets'])} at hidden patches "
-            "(MP-MAE, [arXiv:2405.02771](https://arxiv.org/abs/2405.02771)).\n",
+            "(MP-MAE, [arXiv:2405.02771](https://arxiv.org/abs/2405.02771)).\n"
+            if d["targets"]
+            else f"An encoder for {d['input']}, pretrained on other data than MMEarth: see below.\n",
             _use(d),
             _structure(d),
             _bands(d),

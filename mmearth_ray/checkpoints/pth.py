@@ -21,8 +21,9 @@ from mmearth_ray.checkpoints.assemble import input_of, parameter_shapes
 from mmearth_ray.checkpoints.folder import Description, Exported, statistics_by_product
 from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.files import complete_or_absent
-from mmearth_ray.modalities import DEFAULT_INPUT, Kind, Level, Modality, get
+from mmearth_ray.modalities import DEFAULT_INPUT, TABLE, Kind, Level, Modality, get
 from mmearth_ray.model.published import Structure, from_published, read_structure, to_published
+from mmearth_ray.objective import ENCODER
 from mmearth_ray.shards.manifest import load_manifest
 from mmearth_ray.shards.stats import normalisation
 
@@ -102,16 +103,29 @@ def import_published(published: Published, bands: Mapping[str, list[str]]) -> tu
 
     `bands` names the bands of a modality where neither the run's arguments nor their number tell.  Raises DataError for a
     checkpoint that is not MP-MAE's, UsageError for bands that are needed or do not fit.
+
+    Of a model that predicts what is no modality of the table (the published ImageNet baseline) only the encoder is imported,
+    without targets; its channels are not what the published arguments call them, so `bands` must say.
     """
-    structure = read_structure(published.state)
+    structure, state = read_structure(published.state), published.state
+    foreign = [name for name in structure.outputs if name not in {m.name for m in TABLE}]
+    if foreign:
+        if DEFAULT_INPUT not in bands:
+            raise UsageError(
+                f"the checkpoint predicts {', '.join(foreign)}, which is no modality, so only its encoder can be imported; say "
+                f"what its {structure.in_channels} channels stand for: bands.{DEFAULT_INPUT}=[...]"
+            )
+        structure = replace(structure, outputs={}, uncertainty=False)
+        state = {name: tensor for name, tensor in state.items() if name.startswith("encoder.")}
     description = _describe(structure, published, bands)
-    return description, from_published(published.state, parameter_shapes(description), description.targets)
+    shapes = {k: v for k, v in parameter_shapes(description).items() if k.startswith(ENCODER) or not foreign}
+    return description, from_published(state, shapes, description.targets)
 
 
 def _describe(structure: Structure, published: Published, bands: Mapping[str, list[str]]) -> Description:
     arguments = published.arguments
     entry = _with_bands(DEFAULT_INPUT, structure.in_channels, arguments, bands)
-    maps = {name: structure.patch_size**2 if _row(name).level is Level.PIXEL else 1 for name in structure.outputs}
+    maps = {name: structure.patch_size**2 if get(name).level is Level.PIXEL else 1 for name in structure.outputs}
     targets = {
         name: _with_bands(name, structure.outputs[name] // maps[name], arguments, bands)
         for name in _in_order(structure.outputs, arguments)
@@ -144,14 +158,6 @@ def with_statistics(description: Description, shards: Path) -> Description:
     return replace(description, statistics=statistics_by_product(mean, std), data_set=manifest.name)
 
 
-def _row(name: str) -> Modality:
-    """The table's row.  Raises DataError for a task that it lacks."""
-    try:
-        return get(name)
-    except ValueError as error:
-        raise DataError(f"the checkpoint predicts {name}: {error}") from error
-
-
 def _in_order(outputs: Mapping[str, int], arguments: Mapping[str, Any]) -> list[str]:
     """Tasks in the order of their log-variances: that of the run's arguments, or of the heads."""
     given = arguments.get("out_modalities")
@@ -160,7 +166,7 @@ def _in_order(outputs: Mapping[str, int], arguments: Mapping[str, Any]) -> list[
 
 def _with_bands(name: str, count: int, arguments: Mapping[str, Any], bands: Mapping[str, list[str]]) -> Modality:
     """The row with the bands that the user, the run's arguments or their number name."""
-    row = _row(name)
+    row = get(name)
     if row.kind is not Kind.CONTINUOUS:
         if row.width != count:
             raise DataError(f"the head of {name} has {count} classes, the table has {row.width}")

@@ -13,8 +13,10 @@ from published_case import STRUCTURES, make_case
 from torch import Tensor
 
 from mmearth_ray.checkpoints.folder import open_exported, write_exported
+from mmearth_ray.checkpoints.load import load_encoder
 from mmearth_ray.checkpoints.pth import Published, export_published, import_published, read_pth
 from mmearth_ray.errors import DataError, UsageError
+from mmearth_ray.model.published import to_published
 
 
 def write_pth(path: Path, state: dict[str, Tensor], **arguments: Any) -> Path:
@@ -118,6 +120,22 @@ def test_bands_come_from_the_user_the_arguments_or_their_number() -> None:
         import_published(Published(two, {}, None), {"sentinel2": ["B4", "B3", "B2"]})
     with pytest.raises(UsageError, match="bands of sentinel2 must be distinct and among"):
         import_published(Published(two, {}, None), {"sentinel2": ["B4", "red"]})
+
+
+def test_of_a_model_with_tasks_of_its_own_only_the_encoder_comes(tmp_path: Path) -> None:
+    state = {k.replace("sentinel2", "IMNET"): v for k, v in make_case(STRUCTURES["its input alone, in colour"]).state.items()}
+    with pytest.raises(UsageError, match=r"predicts IMNET, .* what its 3 channels stand for: bands.sentinel2=\[...\]"):
+        import_published(Published(state, {"modalities": {"sentinel2": ["B2", "B3", "B4"]}}, None), {})
+    description, tensors = import_published(Published(state, {}, None), {"sentinel2": ["B4", "B3", "B2"]})
+    assert description.bands == ["B4", "B3", "B2"]
+    assert description.targets == []
+    assert all(name.startswith("model.encoder.") for name in tensors)
+    exported = open_exported(write_exported(tmp_path / "m", description, tensors))
+    back = to_published(exported.tensors(), ())
+    assert all(torch.equal(back[key], value) for key, value in state.items() if key.startswith("encoder."))
+    assert load_encoder(tmp_path / "m")(torch.zeros(1, 3, 64, 64)).shape == (1, 24)
+    with pytest.raises(DataError, match="holds the encoder only"):
+        export_published(exported, tmp_path / "a.pth")
 
 
 def test_tasks_follow_the_arguments_where_the_state_dict_was_sorted() -> None:
