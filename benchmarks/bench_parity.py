@@ -21,7 +21,8 @@ from torch import Tensor
 from benchmarks.golden_case import GoldenCase, load_case
 from mmearth_ray.checkpoints.assemble import build_model, input_of, targets_of
 from mmearth_ray.checkpoints.folder import Description
-from mmearth_ray.checkpoints.pth import Published, import_published
+from mmearth_ray.checkpoints.pth import Published
+from mmearth_ray.checkpoints.recognise import import_published
 from mmearth_ray.errors import DataError, run_command
 from mmearth_ray.modalities import PRODUCTS, Kind, Level, Modality
 from mmearth_ray.model.encoder import BACKENDS, Backend

@@ -7,6 +7,7 @@ drawn from a generator that its own name and the case's salt seed.
 """
 
 import json
+import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,9 +50,11 @@ def load_case(path: Path) -> GoldenCase:
         meta = json.loads(path.with_name(f"{path.name}.json").read_text(encoding="utf-8"))
         with np.load(path.with_name(f"{path.name}.npz")) as arrays:
             expected = {name: arrays[name] for name in arrays.files}
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
         raise DataError(f"the case {path} cannot be read: {error}") from error
-    absent = [key for key in SETTINGS if key not in meta]
+    if not isinstance(meta, dict):
+        raise DataError(f"the case {path} holds no settings by name")
+    absent = [key for key in SETTINGS if key not in meta or meta[key] in ({}, [])]
     absent += [name for name in ("mask", "encoder", *(f"pred/{m}" for m in meta.get("modalities", []))) if name not in expected]
     if absent:
         raise DataError(f"the case {path} lacks {', '.join(absent)}")

@@ -10,6 +10,7 @@ import math
 import platform
 import subprocess
 from dataclasses import dataclass
+from functools import cache
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, cast
@@ -203,11 +204,11 @@ def fixed_settings(config: Config) -> dict[str, Any]:
 
 def check_resume(experiment: Experiment, found: dict[str, Any], identity: dict[str, str], where: Path) -> None:
     """Raise UsageError naming the first setting that differs from those the run was started with."""
-    wanted = fixed_settings(experiment.config)
-    for name, value in wanted.items():
-        if name in found and found[name] != value:
+    before = settings.flatten(Config()) | found  # what an earlier version had no setting for was as the default is
+    for name, value in fixed_settings(experiment.config).items():
+        if before[name] != value:
             raise UsageError(
-                f"{where} was trained with {name}={found[name]}, this command says {value}; "
+                f"{where} was trained with {name}={before[name]}, this command says {value}; "
                 "set it back, or start another run with another run.directory"
             )
     meanings = {
@@ -227,6 +228,7 @@ def versions() -> dict[str, str]:
     return {"mmearth_ray": __version__, "python": platform.python_version(), "commit": _commit(), **found}
 
 
+@cache
 def _commit() -> str:
     here = Path(__file__).parent
     command = ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=12"]

@@ -35,14 +35,13 @@ def complete_or_absent_folder(folder: Path) -> Iterator[Path]:
 
     Raises DataError if the disk does not take it.
     """
-    incoming, removed = (folder.with_name(f".{folder.name}.{part}") for part in ("incoming", "removed"))
+    incoming, removed = (folder.with_name(f".{folder.name}.{os.getpid()}.{part}") for part in ("incoming", "removed"))
     try:
         shutil.rmtree(incoming, ignore_errors=True)
         incoming.mkdir(parents=True)
         yield incoming
         for path in [*incoming.iterdir(), incoming]:
             flush(path)
-        shutil.rmtree(removed, ignore_errors=True)
         if folder.exists():
             folder.replace(removed)
         incoming.replace(folder)
@@ -50,6 +49,8 @@ def complete_or_absent_folder(folder: Path) -> Iterator[Path]:
     except OSError as error:
         raise DataError(write_failure(folder, error)) from error
     finally:
+        if removed.exists() and not folder.exists():
+            removed.replace(folder)
         for left in (incoming, removed):
             shutil.rmtree(left, ignore_errors=True)
 

@@ -135,7 +135,8 @@ class Objective(nn.Module):
     def forward(self, batch: Batch, totals_T: Tensor, share: float) -> tuple[Tensor, Tensor]:
         """The part of the global batch's loss that this micro-batch contributes, and its sums of errors (T,), detached.
 
-        `totals_T`: valid hidden elements per target in the whole global batch; `share`: 1 / (workers x accumulation).
+        `totals_T`: what errors are divided by, the valid hidden elements per target in the whole global batch (for averages of
+        its own, this micro-batch's divided by the share); `share`: 1 / (workers x accumulation).
         Losses and gradients of all micro-batches on all workers are to be added.
         """
         hidden_BN = batch[HIDDEN].long()

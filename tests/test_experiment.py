@@ -230,6 +230,17 @@ def test_modes_that_run_over_the_micro_batch_keep_it(mode: str, manifest: Manife
         check_resume(other, found, alone.identity, Path("runs/a"))
 
 
+def test_a_run_of_an_earlier_version_was_as_the_defaults_are(manifest: Manifest) -> None:
+    started = open_experiment(configured("train.steps=10"), manifest.directory)
+    modes = {"model.grn": "batch", "model.missing": "mean", "train.averaging": "local"}
+    found = {name: value for name, value in fixed_settings(started.config).items() if name not in modes}
+    check_resume(started, found, started.identity, Path("runs/a"))
+    for name, value in modes.items():
+        changed = open_experiment(configured("train.steps=10", f"{name}={value}"), manifest.directory)
+        with pytest.raises(UsageError, match=f"runs/a was trained with {name}="):
+            check_resume(changed, found, started.identity, Path("runs/a"))
+
+
 def test_resuming_on_other_data_or_another_table_is_refused(manifest: Manifest, tmp_path: Path) -> None:
     started = open_experiment(configured(), manifest.directory)
     found = fixed_settings(started.config)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,19 @@ def _write(folder: Path, divisor: int) -> None:
         (incoming / "rest").write_text(str(1 / divisor))
 
 
+def _only_out_of_the_way(folder: Path) -> Callable[[Path, Path], Path]:
+    """A `Path.replace` that fails once, when the new folder is to take the name."""
+    rename, failed = Path.replace, []
+
+    def replace(self: Path, target: Path) -> Path:
+        if target == folder and not failed:
+            failed.append(target)
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(self, target)
+
+    return replace
+
+
 def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "model"
     for text in ("old", "new"):
@@ -47,6 +61,10 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
         _write(folder, 0)
     monkeypatch.setattr(os, "fsync", _full)
     with pytest.raises(DataError, match="no space left"):
+        _write(folder, 1)
+    monkeypatch.undo()
+    monkeypatch.setattr(Path, "replace", _only_out_of_the_way(folder))
+    with pytest.raises(DataError, match="cannot write"):
         _write(folder, 1)
     assert [p.name for p in folder.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]

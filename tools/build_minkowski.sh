@@ -3,7 +3,7 @@
 #
 #   tools/build_minkowski.sh [VENV]        default .venv; `make minkowski` calls it
 #
-# Needs Linux, g++ and Python's headers; no root, no system BLAS, no CUDA.  Takes 5 to 20 minutes and 2 GB of memory.
+# Needs Linux, g++ and Python's headers; no root, no system BLAS, no CUDA.  Takes 10 to 30 minutes and 2 GB of memory.
 # Does nothing where MinkowskiEngine already works, so running it again after an upgrade of PyTorch builds it anew.
 set -euo pipefail
 cd "$(dirname "$0")/.."

@@ -15,7 +15,7 @@ SUFFIXES = {".pth": "published", ".onnx": "onnx", ".safetensors": "timm", "": "e
 @dataclass(frozen=True)
 class ImportOptions:
     bands: dict[str, list[str]] = key({}, "bands of a modality, as bands.NAME=[...]; by default those of the published run")
-    shards: str = key("", "data set whose statistics normalise: shards converted from the release it was trained on")
+    shards: str = key("", "shards converted from the release it was trained on: its band statistics go along")
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,10 @@ class ExportOptions:
 
 def _import(places: list[Path], options: ImportOptions) -> int:
     from mmearth_ray.checkpoints.folder import write_exported
-    from mmearth_ray.checkpoints.pth import import_published, read_pth, with_statistics
+    from mmearth_ray.checkpoints.pth import read_pth
+    from mmearth_ray.checkpoints.recognise import import_published, with_statistics
 
-    source, out = places
-    if out.exists() and not out.is_dir():
-        raise UsageError(f"OUT is a folder to write; {out} is a file")
+    source, out = places[0], _folder_to_write(places[1])
     description, tensors = import_published(read_pth(source), options.bands)
     if options.shards:
         description = with_statistics(description, Path(options.shards))
@@ -54,12 +53,15 @@ def _export(places: list[Path], options: ExportOptions) -> int:
     form = options.format or SUFFIXES.get(out.suffix)
     if form is None:
         raise UsageError(f"OUT={out}: its suffix is none of .pth, .onnx and .safetensors; name the form as format=...")
+    if form not in ("encoder", "model") and (out.is_dir() or not out.parent.is_dir()):
+        there = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
+        raise UsageError(f"OUT={out}: {there}; format={form} writes a file")
+    exported = open_exported(source)
     if form in ("encoder", "model"):
-        if out.exists() and not out.is_dir():
-            raise UsageError(f"format={form} writes a folder; {out} is a file")
-    elif not out.parent.is_dir():
-        raise UsageError(f"OUT={out}: there is no folder {out.parent}")
-    _WRITERS[form](open_exported(source), out)
+        out = _folder_to_write(out)
+        if out == exported.folder.resolve():
+            raise UsageError(f"OUT={out} is the model itself; name another folder")
+    _WRITERS[form](exported, out)
     print(f"{out}: written as {form}")
     return 0
 
@@ -70,32 +72,47 @@ def _write_published(exported: Any, out: Path) -> None:
     export_published(exported, out)
 
 
-def _write_encoder(exported: Any, out: Path) -> None:
-    from mmearth_ray.checkpoints.folder import write_exported
-    from mmearth_ray.objective import ENCODER
+def _folder_to_write(out: Path) -> Path:
+    """`out` itself, absolute.  Raises UsageError where that would replace anything but an exported model."""
+    from mmearth_ray.checkpoints.folder import CARD, CONFIG, ENCODER_FILE, PRETRAINING_FILE
 
-    encoder = {ENCODER + name: tensor for name, tensor in exported.encoder_tensors().items()}
-    write_exported(out, exported.description, encoder)
+    out = out.resolve()
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"OUT is a folder to write; {out} is a file")
+    others = {p.name for p in out.iterdir()} - {CARD, CONFIG, ENCODER_FILE, PRETRAINING_FILE} if out.exists() else set()
+    if others:
+        raise UsageError(f"OUT={out} holds other things ({min(others)}), which would be lost; name a new folder")
+    return out
+
+
+def _write_encoder(exported: Any, out: Path) -> None:
+    from mmearth_ray.checkpoints.assemble import checked_tensors
+    from mmearth_ray.checkpoints.folder import write_exported
+
+    write_exported(out, exported.description, checked_tensors(exported, whole=False))
 
 
 def _write_model(exported: Any, out: Path) -> None:
+    from mmearth_ray.checkpoints.assemble import checked_tensors
     from mmearth_ray.checkpoints.folder import write_exported
 
-    write_exported(out, exported.description, exported.pretraining_tensors())
+    write_exported(out, exported.description, checked_tensors(exported, whole=True))
 
 
 def _write_timm(exported: Any, out: Path) -> None:
-    from safetensors.torch import save_file
-
+    from mmearth_ray.checkpoints.assemble import checked_tensors
+    from mmearth_ray.checkpoints.folder import save_tensors
     from mmearth_ray.files import complete_or_absent
     from mmearth_ray.model.timm_names import to_timm
+    from mmearth_ray.objective import ENCODER
 
+    encoder = {name.removeprefix(ENCODER): t for name, t in checked_tensors(exported, whole=False).items()}
     try:
-        tensors = to_timm(exported.encoder_tensors())
+        tensors = to_timm(encoder)
     except ValueError as error:
         raise DataError(f"{exported.folder}: {error}") from error
     with complete_or_absent(out) as temporary:
-        save_file(tensors, temporary, metadata={"bands": ",".join(exported.description.bands)})
+        save_tensors(tensors, temporary, {"bands": ",".join(exported.description.bands)})
 
 
 def _write_onnx(exported: Any, out: Path) -> None:

@@ -3,13 +3,15 @@
 from typing import cast
 
 import torch
+from torch import Tensor
 
-from mmearth_ray.checkpoints.folder import Description
+from mmearth_ray.checkpoints.folder import Description, Exported
 from mmearth_ray.errors import DataError
 from mmearth_ray.modalities import Modality, get
 from mmearth_ray.model.encoder import Backend, Encoder, Stem
 from mmearth_ray.model.layers import Scope
 from mmearth_ray.model.mpmae import MPMAE, with_decoder
+from mmearth_ray.objective import ENCODER
 
 
 def input_of(description: Description) -> Modality:
@@ -45,6 +47,26 @@ def parameter_shapes(description: Description) -> dict[str, tuple[int, ...]]:
         model = build_model(description)
     shapes = {f"model.{name}": tuple(p.shape) for name, p in model.named_parameters()}
     return shapes | ({"log_variances": (len(description.targets),)} if description.weighting == "uncertainty" else {})
+
+
+def checked_tensors(exported: Exported, *, whole: bool) -> dict[str, Tensor]:
+    """The weights of an exported model, all (`whole`) or the encoder's, by their names in an Objective.
+
+    Raises DataError unless they are just those that its description calls for.
+    """
+    tensors = exported.pretraining_tensors() if whole else exported.tensors()
+    wanted = parameter_shapes(exported.description)
+    if not whole:
+        tensors = {name: t for name, t in tensors.items() if name.startswith(ENCODER)}
+        wanted = {name: shape for name, shape in wanted.items() if name.startswith(ENCODER)}
+    wrong = [name for name, shape in wanted.items() if name not in tensors or tuple(tensors[name].shape) != shape]
+    wrong += [name for name in tensors if name not in wanted]
+    if wrong:
+        names = ", ".join(wrong[:3])
+        raise DataError(
+            f"the weights in {exported.folder} are not those of its description: see {names}; make the folder again"
+        )
+    return tensors
 
 
 def _row(name: str, bands: list[str] | None) -> Modality:

@@ -73,12 +73,44 @@ class Description:
         """Raises DataError, naming what is missing, for JSON that is no such description."""
         if not isinstance(found, dict) or found.get("format") != FORMAT:
             given = found.get("format") if isinstance(found, dict) else None
-            raise DataError(f"{where} has format {given}, this version reads {FORMAT}; export the model again")
+            raise DataError(
+                f"{where} has format {given}, this version reads {FORMAT}; run the command that made it again (a finished "
+                "pretraining run only rewrites its export)"
+            )
         names = [f.name for f in fields(cls)]
         absent = [name for name in names if name not in found]
         if absent:
-            raise DataError(f"{where} lacks {', '.join(absent)}; export the model again")
-        return cls(**{name: found[name] for name in names})
+            raise DataError(f"{where} lacks {', '.join(absent)}; make the folder again")
+        description = cls(**{name: found[name] for name in names})
+        wrong = description.first_problem()
+        if wrong:
+            raise DataError(f"{where}: {wrong}; make the folder again")
+        return description
+
+    def first_problem(self) -> str | None:
+        """What cannot be used, of types and lengths."""
+        texts = {"stem": self.stem, "grn": self.grn, "input": self.input, "weighting": self.weighting}
+        numbers = {"patch_size": self.patch_size, "image_size": self.image_size, "decoder_width": self.decoder_width,
+                   "decoder_depth": self.decoder_depth}  # fmt: skip
+        lists = {"depths": (self.depths, int), "dims": (self.dims, int), "bands": (self.bands, str), "units": (self.units, str),
+                 "missing": (self.missing, int), "targets": (self.targets, str),
+                 "normalise_targets": (self.normalise_targets, str)}  # fmt: skip
+        wrong = [name for name, value in texts.items() if not isinstance(value, str)]
+        wrong += [name for name, value in numbers.items() if not isinstance(value, int)]
+        wrong += [name for name, (value, kind) in lists.items() if not _is_list_of(kind, value)]
+        if wrong:
+            return f"{wrong[0]} has no value of its kind"
+        if not self.bands or len(self.depths) != len(self.dims) or not self.dims:
+            return "it names no band, or depths and dims of different lengths"
+        for product, values in (self.statistics or {}).items():
+            for part in ("mean", "std"):
+                if len(values.get(part, ())) != len(self.bands):
+                    return f"statistics of {product} have no {part} for each of {len(self.bands)} bands"
+        return None
+
+
+def _is_list_of(kind: type, value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(entry, kind) for entry in value)
 
 
 @dataclass(frozen=True)
@@ -139,12 +171,9 @@ def write_exported(folder: Path, description: Description, tensors: Mapping[str,
     rest = {name: t for name, t in plain.items() if not name.startswith(ENCODER)}
     text = json.dumps(description.to_json(), indent=1, allow_nan=False)
     with complete_or_absent_folder(folder) as incoming:
-        try:
-            save_file(encoder, incoming / ENCODER_FILE, metadata={"mmearth_ray": text})
-            if rest:
-                save_file(rest, incoming / PRETRAINING_FILE)
-        except SafetensorError as error:
-            raise OSError(str(error)) from error
+        save_tensors(encoder, incoming / ENCODER_FILE, {"mmearth_ray": text})
+        if rest:
+            save_tensors(rest, incoming / PRETRAINING_FILE)
         (incoming / CONFIG).write_text(text + "\n", encoding="utf-8")
         (incoming / CARD).write_text(model_card(description.to_json()), encoding="utf-8")
     return folder
@@ -157,6 +186,14 @@ def statistics_by_product(mean: np.ndarray, std: np.ndarray) -> dict[str, dict[s
 
 def _numbers(values: np.ndarray) -> list[float | None]:
     return [float(v) if np.isfinite(v) else None for v in values]
+
+
+def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
+    """Write a safetensors file.  Raises OSError if the disk does not take it."""
+    try:
+        save_file(tensors, path, metadata=metadata)
+    except SafetensorError as error:
+        raise OSError(str(error)) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -4,16 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal, cast, overload
 
-import torch
-from torch import Tensor
-
-from mmearth_ray.checkpoints.assemble import build_encoder
-from mmearth_ray.checkpoints.folder import Exported, open_exported
-from mmearth_ray.errors import DataError
+from mmearth_ray.checkpoints.assemble import checked_tensors
+from mmearth_ray.checkpoints.folder import open_exported
 from mmearth_ray.model.dense import DenseEncoder, build_dense
 from mmearth_ray.model.encoder import Stem
 from mmearth_ray.model.features import FeatureEncoder
 from mmearth_ray.model.normalise import Inputs
+from mmearth_ray.objective import ENCODER
 
 
 @overload
@@ -39,7 +36,8 @@ def load_encoder(
     ValueError for arguments that do not.
     """
     source = open_exported(Path(path))
-    d, tensors = source.description, _checked(source)
+    d = source.description
+    tensors = {name.removeprefix(ENCODER): t for name, t in checked_tensors(source, whole=False).items()}
     inputs = Inputs(tuple(d.bands), tuple(d.missing), d.statistics)
     model = build_dense(
         len(d.bands), tuple(d.depths), tuple(d.dims), d.patch_size, cast(Stem, d.stem), inputs,
@@ -50,16 +48,3 @@ def load_encoder(
     if isinstance(model, DenseEncoder):
         model.image_size = d.image_size
     return model
-
-
-def _checked(source: Exported) -> dict[str, Tensor]:
-    """The encoder's weights.  Raises DataError unless they are all those that the description calls for, and no others."""
-    with torch.device("meta"):
-        wanted = {name: p.shape for name, p in build_encoder(source.description).named_parameters()}
-    tensors = source.encoder_tensors()
-    wrong = [name for name, shape in wanted.items() if name not in tensors or tensors[name].shape != shape]
-    wrong += [name for name in tensors if name not in wanted]
-    if wrong:
-        names = ", ".join(wrong[:3])
-        raise DataError(f"the weights in {source.folder} are not those of its description: see {names}; export the model again")
-    return tensors

@@ -35,7 +35,7 @@ KernelMap = dict[int, Tensor]
 def require_minkowski() -> None:
     """Raise UsageError, with the reason, unless MinkowskiEngine can be imported."""
     try:
-        _engine()
+        _ = _engine().MinkowskiConvolutionFunction  # an empty folder of that name can be imported, too
     except (
         Exception
     ) as error:  # not there, built for another PyTorch, broken by a newer Python: all mean that it cannot be used

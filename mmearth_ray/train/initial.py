@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, open_exported, read_tensors
+from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, ENCODER_FILE, EXPORTED, open_exported, read_tensors
 from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import Experiment, build_objective
 from mmearth_ray.objective import ENCODER
@@ -30,18 +30,21 @@ def check_initial(experiment: Experiment) -> None:
 
 
 def initial_tensors(path: Path) -> dict[str, Tensor]:
-    """The weights that `model.init` names, by any names: a safetensors file, or a folder that holds some.
+    """The weights that `model.init` names: a safetensors file, or a folder that holds some, described or not.
 
     Raises DataError if there are none.
     """
     if path.is_file():
         return read_tensors(path)
-    if not _is_described(path) and (path / CHECKPOINT_FILE).is_file():
-        return read_tensors(path / CHECKPOINT_FILE)
-    try:
+    if _is_described(path):
         return open_exported(path).tensors()
-    except DataError as error:
-        raise DataError(f"model.init={path}: neither a safetensors file nor an exported model: {error}") from error
+    for file in (path / CHECKPOINT_FILE, path / ENCODER_FILE, path / EXPORTED / ENCODER_FILE):
+        if file.is_file():
+            return read_tensors(file)
+    raise DataError(
+        f"model.init={path}: neither a safetensors file nor a folder with {CHECKPOINT_FILE}, {ENCODER_FILE} or {EXPORTED}/; "
+        "a published .pth is imported first: python -m mmearth_ray.checkpoints import"
+    )
 
 
 def _is_described(path: Path) -> bool:

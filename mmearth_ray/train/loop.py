@@ -250,7 +250,7 @@ def _draw(experiment: Experiment, engine: DDPEngine, worker: Worker, step: int) 
 def _all_sum(values: Tensor, device: torch.device) -> Tensor:
     """The sum over workers, on the CPU."""
     if not dist.is_initialized() or dist.get_world_size() == 1:
-        return values
+        return values.cpu()
     held = values.to(device)
     dist.all_reduce(held)
     return held.cpu()

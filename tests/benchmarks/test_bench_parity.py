@@ -90,6 +90,12 @@ def test_cases_that_cannot_be_read_are_named(tmp_path: Path, capsys: pytest.Capt
     partial = write_case(tmp_path, meta, {k: v for k, v in case.expected.items() if k != "mask"})
     with pytest.raises(DataError, match=r"lacks salt, mask"):
         load_case(partial)
+    (tmp_path / "made.json").write_text("[]")
+    with pytest.raises(DataError, match="holds no settings"):
+        load_case(partial)
+    (tmp_path / "made.npz").write_bytes((tmp_path / "made.npz").read_bytes()[:500])
+    with pytest.raises(DataError, match="cannot be read"):
+        load_case(partial)
     case.expected["mask"][0, :] = 1
     with pytest.raises(DataError, match="hides different numbers of patches"):
         compare(case)

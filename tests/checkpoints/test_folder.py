@@ -10,7 +10,8 @@ from published_case import make_case
 
 from mmearth_ray.checkpoints.assemble import build_model
 from mmearth_ray.checkpoints.folder import Description, open_exported, write_exported
-from mmearth_ray.checkpoints.pth import Published, import_published
+from mmearth_ray.checkpoints.pth import Published
+from mmearth_ray.checkpoints.recognise import import_published
 from mmearth_ray.errors import DataError
 
 

@@ -80,9 +80,9 @@ def test_what_does_not_fit_is_refused(encoder: Encoder, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="is no exported model"):
         load_encoder(tmp_path)
     for wrong, message in [
-        ({"depths": [1, 1, 1, 1]}, "not those of its description: see stages.2.1"),
-        ({"depths": [1, 1, 3, 1]}, "not those of its description: see stages.2.2"),
-        ({"bands": ["B4", "B3"]}, "see initial_conv.0.weight; export the model again"),
+        ({"depths": [1, 1, 1, 1]}, "not those of its description: see model.encoder.stages.2.1"),
+        ({"depths": [1, 1, 3, 1]}, "not those of its description: see model.encoder.stages.2.2"),
+        ({"bands": ["B4", "B3"]}, "see model.encoder.initial_conv.0.weight; make the folder again"),
         ({"patch_size": 12}, "8, 16, 32 pixels wide; got 12"),
     ]:
         folder = write(tmp_path / "m", encoder, replace(DESCRIPTION, statistics=None, units=[], **wrong))

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -48,10 +49,13 @@ def test_import_then_export_gives_the_file_back(run: Run, tmp_path: Path) -> Non
 
 def test_statistics_come_from_the_converted_release(run: Run, tmp_path: Path) -> None:
     data = make_data_set(tmp_path / "data", tiles=8, size=32)
-    run("import", save(tmp_path / "a.pth", make_case({}).state), tmp_path / "model", f"shards={data.directory}")
+    pth = save(tmp_path / "a.pth", make_case({}).state)
+    assert run_command(main, ["import", str(pth), str(tmp_path / "model"), f"shards={data.directory}"]) == 1
+    replace(data, release_statistics=data.statistics).save()
+    run("import", pth, tmp_path / "model", f"shards={data.directory}")
     description = open_exported(tmp_path / "model").description
     assert description.statistics is not None
-    expected = (data.release_statistics or data.statistics)["sentinel2"]["l2a"]["B3"]["mean"]
+    expected = data.statistics["sentinel2"]["l2a"]["B3"]["mean"]
     assert description.statistics["l2a"]["mean"][2] == pytest.approx(expected, rel=1e-6)
     assert description.data_set == data.name
 
@@ -67,8 +71,27 @@ def test_a_run_and_its_checkpoint_export_alike(run: Run, tmp_path: Path) -> None
     run("import", from_run, tmp_path / "again")
     ours, back = (open_exported(tmp_path / name) for name in ("run", "again"))
     assert all(torch.equal(value, back.tensors()[name]) for name, value in ours.tensors().items())
-    for name in ("bands", "targets", "target_bands", "patch_size", "stem", "depths", "dims", "weighting", "normalise_targets"):
-        assert getattr(ours.description, name) == getattr(back.description, name)
+    assert ours.description == back.description
+
+
+def test_what_lies_in_the_way_is_never_lost(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pth, model, home = save(tmp_path / "a.pth", make_case({}).state), tmp_path / "model", tmp_path / "home"
+    run("import", pth, model)
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    for arguments, message in [
+        (("import", pth, home), "holds other things (thesis.txt), which would be lost"),
+        (("export", model, home), "holds other things (thesis.txt), which would be lost"),
+        (("export", model, tmp_path), "holds other things"),
+        (("export", model, model), "is the model itself"),
+        (("export", model, home, "format=onnx"), "it is a folder; format=onnx writes a file"),
+        (("import", pth, pth), "is a file"),
+    ]:
+        assert run_command(main, [str(a) for a in arguments]) == 2
+        assert message in capsys.readouterr().err
+    assert (home / "thesis.txt").read_text() == "years of work"
+    assert (model / "pretraining.safetensors").is_file()
+    run("import", pth, model)  # another model may be replaced
 
 
 def test_the_encoder_alone_is_a_folder_with_a_card(run: Run, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import argparse
 import datetime
 import os
 import pathlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,8 @@ from torch import Tensor
 
 from mmearth_ray.checkpoints.folder import open_exported, write_exported
 from mmearth_ray.checkpoints.load import load_encoder
-from mmearth_ray.checkpoints.pth import Published, export_published, import_published, read_pth
+from mmearth_ray.checkpoints.pth import Published, export_published, read_pth
+from mmearth_ray.checkpoints.recognise import import_published
 from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.model.published import to_published
 
@@ -94,6 +96,69 @@ def test_harmless_classes_are_refused_as_well(tmp_path: Path) -> None:
         read_pth(tmp_path / "a.pth")
 
 
+@pytest.mark.parametrize("how", [{"_use_new_zipfile_serialization": False}, {"pickle_protocol": 4}, {"pickle_protocol": 5}])
+def test_a_class_is_named_in_every_form_of_file(how: dict[str, Any], tmp_path: Path) -> None:
+    content = {"model": make_case({}).state, "args": argparse.Namespace(hook=Gadget(tmp_path / "ran"), data=pathlib.Path("/d"))}
+    torch.save(content, tmp_path / "bad.pth", **how)
+    with pytest.raises(
+        DataError, match=r"bad.pth is refused: it pickles (posix|nt).mkdir, and unpickling may run code"
+    ) as caught:
+        read_pth(tmp_path / "bad.pth")
+    assert "weights_only" not in str(caught.value)
+    assert not (tmp_path / "ran").exists()
+
+
+def test_what_others_allowed_stays_allowed_and_is_not_read_here(tmp_path: Path) -> None:
+    write_pth(tmp_path / "a.pth", make_case({}).state, started=datetime.date(2024, 5, 6))
+    before = torch.serialization.get_safe_globals()
+    torch.serialization.add_safe_globals([argparse.Namespace, datetime.date])
+    try:
+        with pytest.raises(DataError, match=r"it pickles datetime.date, and"):
+            read_pth(tmp_path / "a.pth")
+        assert {argparse.Namespace, datetime.date} <= set(torch.serialization.get_safe_globals())
+    finally:
+        torch.serialization.clear_safe_globals()
+        torch.serialization.add_safe_globals(before)
+
+
+def test_an_exported_file_says_itself_what_it_is(tmp_path: Path) -> None:
+    state = make_case({"bands": ["B2", "B3", "B4"]}).state
+    description, tensors = import_published(Published(state, {}, None), {"sentinel2": ["B4", "B3", "B2"]})
+    statistics = {"l2a": {"mean": [1.0] * 3, "std": [2.0] * 3}}
+    description = replace(description, grn="image", statistics=statistics, step=9, normalise_targets=["aster"])
+    export_published(open_exported(write_exported(tmp_path / "m", description, tensors)), tmp_path / "a.pth")
+    assert import_published(read_pth(tmp_path / "a.pth"), {})[0] == description
+    with pytest.raises(UsageError, match=r"bands.sentinel2: the checkpoint was exported with \['B4', 'B3', 'B2'\]"):
+        import_published(read_pth(tmp_path / "a.pth"), {"sentinel2": ["B2", "B3", "B4"]})
+
+
+def test_a_full_disk_is_told_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    description, tensors = import_published(Published(make_case({}).state, {}, None), {})
+    exported = open_exported(write_exported(tmp_path / "m", description, tensors))
+
+    def full(*_: object) -> None:
+        raise RuntimeError("PytorchStreamWriter failed writing file: No space left on device")
+
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(DataError, match="no space left on the disk"):
+        export_published(exported, tmp_path / "a.pth")
+    assert [p.name for p in tmp_path.iterdir()] == ["m"]
+
+
+def test_arguments_of_any_form_are_read(tmp_path: Path) -> None:
+    state = {f"module.{name}": value for name, value in make_case({}).state.items()}
+    nested = argparse.Namespace(inner=argparse.Namespace(path=pathlib.PurePosixPath("/a")), pair=(1, 2.5), odd=float("nan"))
+    torch.save({"model": state, "args": nested}, tmp_path / "a.pth")
+    published = read_pth(tmp_path / "a.pth")
+    assert published.arguments == {"inner": {"path": "/a"}, "pair": [1, 2.5], "odd": "nan"}
+    assert import_published(published, {})[0].targets == ["sentinel2", "era5", "aster"]
+    for odd in ("text", [1], {"modalities": {"sentinel2": [["B1"]]}}):
+        torch.save({"model": state, "args": odd}, tmp_path / "b.pth")
+        assert import_published(read_pth(tmp_path / "b.pth"), {})[0].bands[0] == "B1"
+    with pytest.raises(UsageError, match=r"bands.typo: the checkpoint has no typo"):
+        import_published(published, {"typo": ["B1"]})
+
+
 def test_files_that_are_no_checkpoints_are_named(tmp_path: Path) -> None:
     whole = write_pth(tmp_path / "whole.pth", make_case({}).state).read_bytes()
     (tmp_path / "text.pth").write_text("hello")
@@ -138,11 +203,12 @@ def test_of_a_model_with_tasks_of_its_own_only_the_encoder_comes(tmp_path: Path)
         export_published(exported, tmp_path / "a.pth")
 
 
-def test_tasks_follow_the_arguments_where_the_state_dict_was_sorted() -> None:
+def test_tasks_follow_the_arguments_or_the_table_where_the_state_dict_was_sorted() -> None:
     case = make_case(STRUCTURES["a choice of tasks in an order of its own"])
     state = dict(sorted(case.state.items()))
     arguments = {"out_modalities": dict.fromkeys(case.meta["modalities"], "all")}
     assert import_published(Published(state, arguments, None), {})[0].targets == case.meta["modalities"]
+    assert import_published(Published(state, {}, None), {})[0].targets == ["sentinel2", "lat", "biome", "esa_worldcover"]
 
 
 def test_export_needs_the_decoder(tmp_path: Path) -> None:

@@ -6,7 +6,8 @@ from published_case import STRUCTURES, make_case
 from torch import Tensor
 
 from mmearth_ray.checkpoints.assemble import parameter_shapes
-from mmearth_ray.checkpoints.pth import Published, import_published
+from mmearth_ray.checkpoints.pth import Published
+from mmearth_ray.checkpoints.recognise import import_published
 from mmearth_ray.errors import DataError
 from mmearth_ray.model.published import from_published, read_structure, to_published
 

@@ -64,8 +64,8 @@ def test_initial_weights_that_do_not_fit_are_refused_and_change_nothing(tmp_path
     save_file(weights_of(Net(width=6)), wide / "model.safetensors")
     save_file({"model.encoder.0.weight": torch.ones(4, 3)}, partial / "model.safetensors")
     for path, message in [
-        (nowhere, f"model.init={nowhere}: neither a safetensors file nor an exported model: "),
-        (empty, f"model.init={empty}: neither a safetensors file nor an exported model: "),
+        (nowhere, f"model.init={nowhere}: neither a safetensors file nor a folder with "),
+        (empty, f"model.init={empty}: neither a safetensors file nor a folder with "),
         (wide, f"model.init={wide}: model.encoder.0.bias has shape (6,), this model needs (4,); model.size, "),
         (partial, f"model.init={partial}: 3 tensors of the encoder are not in it, the first is model.encoder.0.bias"),
     ]:
