@@ -27,6 +27,10 @@ PUBLISHED_WIDE = (
 WIDE: dict[str, tuple[str, ...]] = {"uniform": (), "published": PUBLISHED_WIDE}
 
 
+# A cell without data is zero.  Were this bias zero as well, every norm after it would see a vector of zeros and multiply
+# gradients by 1 / sqrt(eps) = 1000, and the first step would fill AdamW's second moments with that.
+FIRST_BIAS = ("encoder.initial_conv.0.bias", "encoder.stem_orig.0.bias")
+
 DECODER_GRN_EPS = 1e-4  # published: the dense decoder's GRN has another eps than the sparse encoder's 1e-6
 
 
@@ -89,7 +93,8 @@ def initialise(model: nn.Module, scheme: str, generator: torch.Generator) -> Non
     | those that `PUBLISHED_WIDE` names| normal, std 0.02      | normal, std 1.0, for models made by `build_mpmae`  |
     | mask token                       | normal, std 0.02      | the same                                           |
     | LayerNorm scale                  | 1                     | the same                                           |
-    | biases, GRN gamma and beta       | 0                     | the same                                           |
+    | bias of the first convolution    | normal, std 0.02      | the same (published: 0)                            |
+    | other biases, GRN gamma and beta | 0                     | the same                                           |
 
     Normals of kernels and matrices are cut at -2 and 2 (absolute, as in timm's trunc_normal_).  Raises ValueError for an
     unknown scheme.
@@ -97,7 +102,7 @@ def initialise(model: nn.Module, scheme: str, generator: torch.Generator) -> Non
     if scheme not in WIDE:
         raise ValueError(f"there is no initialisation '{scheme}'; use one of {', '.join(WIDE)}")
     for name, parameter in model.named_parameters():
-        if name.endswith("mask_token"):
+        if name.endswith("mask_token") or name in FIRST_BIAS:
             parameter.normal_(0.0, 0.02, generator=generator)
         elif parameter.ndim > 1:
             std = 1.0 if any(fnmatchcase(name, pattern) for pattern in WIDE[scheme]) else 0.02

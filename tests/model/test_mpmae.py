@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from mmearth_ray.modalities import tasks
-from mmearth_ray.model.mpmae import MPMAE, PUBLISHED_WIDE, build_mpmae, initialise
+from mmearth_ray.model.mpmae import FIRST_BIAS, MPMAE, PUBLISHED_WIDE, build_mpmae, initialise
 
 TARGETS = tasks()
 COMMON: dict[str, Any] = {"in_channels": 12, "targets": TARGETS}
@@ -79,8 +79,22 @@ def test_initialisation_follows_its_table(scheme: str) -> None:
         assert parameters[name].std().item() == pytest.approx(std, rel=loose), name
         assert parameters[name].abs().max() <= 2, name
     for name, parameter in parameters.items():
-        if parameter.ndim == 1 and not name.endswith("mask_token"):
+        if parameter.ndim == 1 and name not in ("decoder.mask_token", *FIRST_BIAS):
             assert (parameter == (1 if name.endswith("weight") else 0)).all(), name
+
+
+@pytest.mark.parametrize("scheme", ["uniform", "published"])
+def test_a_patch_without_data_does_not_blow_up_the_first_gradient(scheme: str) -> None:
+    """Its cells are zero; without a first bias every norm would multiply gradients by 1000."""
+    model = _small()
+    initialise(model, scheme, torch.Generator().manual_seed(0))
+    encoder, image = model.encoder, torch.randn(2, 12, 16, 16, generator=torch.Generator().manual_seed(1))
+    image[0, :, :8] = 0
+    norms = []
+    for b in range(2):
+        gradients = torch.autograd.grad(encoder(image[b : b + 1]).square().mean(), list(encoder.parameters()))
+        norms.append(max(g.abs().max().item() for g in gradients))
+    assert norms[0] < 100 * norms[1]
 
 
 def test_every_published_pattern_matches_a_parameter() -> None:
