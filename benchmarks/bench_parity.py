@@ -126,6 +126,10 @@ def _encoder(case: GoldenCase, objective: Objective, batch: dict[str, Tensor]) -
         x_BVD = objective.model.encoder(image, visible).flatten(1, 3)
     dense_BLD = x_BVD.new_zeros(len(image), rows * columns, x_BVD.shape[2])
     dense_BLD = dense_BLD.scatter(1, visible[..., None].expand_as(x_BVD), x_BVD)
+    if case.expected["encoder"].size != dense_BLD.numel():
+        raise DataError(
+            f"the case {case.name} has an encoder output of {list(case.expected['encoder'].shape)}, which is cut off"
+        )
     return {"features": _difference(dense_BLD.transpose(1, 2), case.expected["encoder"])}
 
 

@@ -55,6 +55,7 @@ def load_case(path: Path) -> GoldenCase:
     if not isinstance(meta, dict):
         raise DataError(f"the case {path} holds no settings by name")
     absent = [key for key in SETTINGS if key not in meta or meta[key] in ({}, [])]
+    absent += [f"the loss of {m}" for m in meta.get("modalities", []) if m not in meta.get("losses", {})]
     absent += [name for name in ("mask", "encoder", *(f"pred/{m}" for m in meta.get("modalities", []))) if name not in expected]
     if absent:
         raise DataError(f"the case {path} lacks {', '.join(absent)}")

@@ -82,7 +82,7 @@ def from_published(state: Mapping[str, Tensor], shapes: Mapping[str, Shape], tas
         keys, layout = _published(name, tasks)
         for key in keys:
             given, wanted = _shape(state, key), layout.shape(shape)
-            if given != wanted:
+            if given not in (wanted, (1, *wanted)):  # a kernel of one cell may keep its index
                 raise DataError(f"{key} has shape {given}; the rest of the checkpoint calls for {wanted}")
             if not state[key].equal(state[keys[0]]):
                 raise DataError(f"{key} differs from {keys[0]}; the decoder of MP-MAE is one block that all tasks share")

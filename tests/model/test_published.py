@@ -52,6 +52,8 @@ def test_a_kernel_has_its_index_row_first() -> None:
     point, shape = torch.randn(2, 3), {"model.encoder.stem_orig.0.weight": (3, 2, 1, 1)}
     (weight,) = from_published({"encoder.stem_orig.0.kernel": point}, shape, ()).values()
     assert torch.equal(weight[:, :, 0, 0], point.T)
+    (weight,) = from_published({"encoder.stem_orig.0.kernel": point[None]}, shape, ()).values()
+    assert torch.equal(weight[:, :, 0, 0], point.T)
     channels = torch.randn(4, 5)
     (weight,) = from_published({"encoder.stem.0.kernel": channels}, {"model.encoder.stem.0.weight": (5, 1, 2, 2)}, ()).values()
     assert torch.equal(weight[:, 0, 1, 0], channels[1])
