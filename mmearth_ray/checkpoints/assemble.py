@@ -54,11 +54,11 @@ def checked_tensors(exported: Exported, *, whole: bool) -> dict[str, Tensor]:
 
     Raises DataError unless they are just those that its description calls for.
     """
-    tensors = exported.pretraining_tensors() if whole else exported.tensors()
-    wanted = parameter_shapes(exported.description)
-    if not whole:
-        tensors = {name: t for name, t in tensors.items() if name.startswith(ENCODER)}
-        wanted = {name: shape for name, shape in wanted.items() if name.startswith(ENCODER)}
+    if whole:
+        tensors, wanted = exported.pretraining_tensors(), parameter_shapes(exported.description)
+    else:
+        tensors = {ENCODER + name: tensor for name, tensor in exported.encoder_tensors().items()}
+        wanted = {k: shape for k, shape in parameter_shapes(exported.description).items() if k.startswith(ENCODER)}
     wrong = [name for name, shape in wanted.items() if name not in tensors or tuple(tensors[name].shape) != shape]
     wrong += [name for name in tensors if name not in wanted]
     if wrong:
