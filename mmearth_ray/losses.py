@@ -8,10 +8,11 @@ a patch, K classes, T targets; ... stands for (B, N, PP) in maps and (B,) at ima
 """
 
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from mmearth_ray.modalities import Kind
@@ -34,10 +35,26 @@ class Target(NamedTuple):
         return self.valid.flatten(1).sum(1)
 
 
+class _SquaredErrors(torch.autograd.Function):
+    """Sum of squares with one pass for the gradient, for which nothing but the errors is kept."""
+
+    @staticmethod
+    def forward(ctx: Any, prediction: Tensor, truth: Tensor, invalid: Tensor) -> Tensor:
+        error = (prediction.float() - truth).masked_fill_(invalid, 0)
+        ctx.save_for_backward(error)
+        ctx.dtype = prediction.dtype
+        return error.square().sum()  # pairwise; a dot product of so many terms is off by 1e-4
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:  # pyright: ignore[reportIncompatibleMethodOverride]
+        (error,) = ctx.saved_tensors
+        return (error * (2 * grads[0])).to(ctx.dtype), None, None
+
+
 def squared_errors(prediction: Tensor, target: Target) -> Tensor:
     """Sum of squared errors over valid elements: (..., C) -> ().  Zero gradient where nothing is valid."""
-    error = torch.where(target.valid, prediction.float() - target.truth, 0)
-    return error.square().sum()
+    return _SquaredErrors.apply(prediction, target.truth, ~target.valid)  # type: ignore[return-value]
 
 
 def cross_entropies(prediction: Tensor, target: Target) -> Tensor:
@@ -76,17 +93,23 @@ def patch_moments(target: Target) -> tuple[Tensor, Tensor, Tensor]:
 
     The variance is the unbiased one plus 1e-6, as published.  With fewer than two values it means nothing but is finite.
     """
-    count = target.valid.sum((2, 3), keepdim=True)
-    values = torch.where(target.valid, target.truth, 0)
-    mean = values.sum((2, 3), keepdim=True) / count.clamp(min=1)
-    squares = torch.where(target.valid, target.truth - mean, 0).square().sum((2, 3), keepdim=True)
-    return mean, (squares / (count - 1).clamp(min=1) + PATCH_EPS).sqrt(), count
+    _, mean, std, count = _centred(target)
+    return mean, std, count
 
 
 def normalise_patches(target: Target) -> Target:
     """Patches (B, N, P P, C) with mean 0 and variance 1 over their valid values; fewer than two make a patch invalid."""
-    mean, std, count = patch_moments(target)
-    return Target((target.truth - mean) / std, target.valid & (count >= 2))
+    centred, _, std, count = _centred(target)
+    return Target(centred.div_(std), target.valid & (count >= 2))
+
+
+def _centred(target: Target) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Values less their patch's mean, 0 where invalid, and the patch's mean, standard deviation and number of values."""
+    invalid, count = ~target.valid, target.valid.sum((2, 3), keepdim=True)
+    mean = target.truth.masked_fill(invalid, 0).sum((2, 3), keepdim=True) / count.clamp(min=1)
+    centred = (target.truth - mean).masked_fill_(invalid, 0)
+    squares = centred.square().sum((2, 3), keepdim=True)
+    return centred, mean, (squares / (count - 1).clamp(min=1) + PATCH_EPS).sqrt(), count
 
 
 def unweighted(errors_T: Tensor, totals_T: Tensor, share: float, log_variances_T: Tensor | None) -> Tensor:

@@ -14,6 +14,8 @@ import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from enum import StrEnum
+from functools import reduce
+from operator import and_
 from typing import Any, Literal
 
 import numpy as np
@@ -126,12 +128,10 @@ class Modality:
 
         Must see raw values (or a float copy that represents them exactly), never normalised ones.
         """
-        ok = raw == raw  # NaN is not data
-        for value in self.missing:
-            ok = ok & (raw != value)
-        if np.dtype(self.dtype).kind == "f":
-            ok = ok & (raw > -np.inf) & (raw < np.inf)
-        return ok
+        tests = [raw != value for value in self.missing]
+        if np.dtype(self.dtype).kind == "f" or not tests:
+            tests += [abs(raw) < np.inf]  # NaN is not data either
+        return reduce(and_, tests)
 
     def label_table(self) -> np.ndarray:
         """int16 (256,): raw class code -> contiguous label 0..classes-1, or -1 where the code is no class."""

@@ -52,22 +52,25 @@ class Normaliser(nn.Module):
         self.register_buffer("std_GC", std_GC.where(known_GC & (std_GC > 0), 1), persistent=False)
         self.register_buffer("known_GC", known_GC, persistent=False)
 
-    def forward(self, batch: Batch) -> Target:
-        """Normalised values, 0 where missing, and where they are valid: (B, C, H, W) of a map, (B, C) otherwise."""
-        raw = batch[self.modality.name].float()  # exact for all native types of the table
-        mean, std, known = self._per_image(batch, raw)
+    def forward(self, batch: Batch, raw: Tensor, channels: int = 1) -> Target:
+        """Normalised values of `raw`, native values with their channels in that dimension: 0 where missing, and where valid."""
+        mean, std, known = self._per_image(batch, raw.ndim, channels)
+        values = raw.to(torch.float32, copy=True)  # exact for all native types of the table
         present = batch[self.modality.present_column].view(-1, *[1] * (raw.ndim - 1))
-        valid = self.modality.valid(raw) & present & known
-        return Target(torch.where(valid, (raw - mean) / std, 0), valid)
+        valid = self.modality.valid(values) & (present & known)
+        if raw.is_floating_point():
+            valid = valid & values.isfinite()  # whatever the table's type
+        return Target(values.sub_(mean).div_(std).masked_fill_(~valid, 0), valid)
 
     def undo(self, batch: Batch, values: Tensor) -> Tensor:
         """Normalised values (B, C, ...) in the units of the table."""
-        mean, std, _ = self._per_image(batch, values)
+        mean, std, _ = self._per_image(batch, values.ndim, 1)
         return values * std + mean
 
-    def _per_image(self, batch: Batch, like: Tensor) -> tuple[Tensor, ...]:
+    def _per_image(self, batch: Batch, ndim: int, channels: int) -> tuple[Tensor, ...]:
         product_B = batch[PRODUCT].long()
-        shape = (len(product_B), -1, *[1] * (like.ndim - 2))
+        shape = [1] * ndim
+        shape[0], shape[channels] = len(product_B), -1
         return tuple(rows_GC[product_B].view(shape) for rows_GC in (self.mean_GC, self.std_GC, self.known_GC))
 
 
@@ -78,9 +81,9 @@ class Labels(nn.Module):
         super().__init__()
         self.modality = modality
 
-    def forward(self, batch: Batch) -> Target:
-        """Labels and where they are valid: (B, 1, H, W) of a map, (B, 1) otherwise."""
-        labels = batch[self.modality.name].long().unsqueeze(1)
+    def forward(self, batch: Batch, raw: Tensor, channels: int = 1) -> Target:
+        """Labels, native values with one channel, and where they are valid."""
+        labels = raw.long()
         return Target(labels, labels >= 0)
 
     def undo(self, batch: Batch, logits: Tensor) -> Tensor:
@@ -140,16 +143,15 @@ class Objective(nn.Module):
         Losses and gradients of all micro-batches on all workers are to be added.
         """
         hidden_BN = batch[HIDDEN].long()
-        values = self._read(batch)
-        predictions = self.model(values[self.input.name].truth, batch[VISIBLE].long(), hidden_BN)
-        truths = self._truths(values, hidden_BN)
+        predictions = self.model(self.image(batch), batch[VISIBLE].long(), hidden_BN)
+        truths = self._truths(batch, hidden_BN)
         errors_T = torch.stack([ERROR_SUMS[m.kind](predictions[m.name], truths[m.name]) for m in self.targets])
         return self.weigh(errors_T, totals_T, share, self.log_variances), errors_T.detach()
 
     @torch.no_grad()
     def valid_counts(self, batch: Batch) -> Tensor:
         """Valid hidden elements of every image and target: int64 (B, T)."""
-        truths = self._truths(self._read(batch), batch[HIDDEN].long())
+        truths = self._truths(batch, batch[HIDDEN].long())
         return torch.stack([truths[m.name].counts() for m in self.targets], 1)
 
     @torch.no_grad()
@@ -160,16 +162,15 @@ class Objective(nn.Module):
         for which the prediction is probabilities (B, K).  Targets normalised by patch get back the mean and variance of
         the true patch.  Where not valid, the truth is whatever filler the data hold.
         """
-        values = self._read(batch)
-        image_BCHW = values[self.input.name].truth
+        image_BCHW = self.image(batch)
         grid = self.model.grid(image_BCHW)
         all_BL = torch.arange(grid[0] * grid[1], device=image_BCHW.device).expand(len(image_BCHW), -1)
         predictions = self.model(image_BCHW, batch[VISIBLE].long(), all_BL)
-        shown = {}
+        values, shown = self.read(batch), {}
         for m in self.targets:
             prediction = predictions[m.name].float()
             if m.name in self.normalise_targets:
-                mean, std, _ = patch_moments(self._at(m, values[m.name], all_BL))
+                mean, std, _ = patch_moments(self._truth(m, batch, all_BL))
                 prediction = prediction * std + mean
             if m.level is Level.PIXEL:
                 prediction = unpatchify(prediction, grid)
@@ -178,22 +179,34 @@ class Objective(nn.Module):
             shown[m.name] = {"prediction": prediction, "truth": batch[m.name], "valid": valid}
         return shown
 
-    def _read(self, batch: Batch) -> dict[str, Target]:
-        """Normalised values and labels of whole images.  The input and the target of its name share one tensor."""
-        return {name: reader(batch) for name, reader in self.readers.items()}
+    def read(self, batch: Batch) -> dict[str, Target]:
+        """Normalised values and labels of whole images, (B, C, ...), by modality."""
+        modalities = {m.name: m for m in (self.input, *self.targets)}
+        return {name: self.readers[name](batch, with_channels(m, batch)) for name, m in modalities.items()}
 
-    def _truths(self, values: dict[str, Target], asked_BN: Tensor) -> dict[str, Target]:
+    def image(self, batch: Batch) -> Tensor:
+        """The normalised input: (B, C, H, W)."""
+        return self.readers[self.input.name](batch, batch[self.input.name]).truth
+
+    def _truths(self, batch: Batch, asked_BN: Tensor) -> dict[str, Target]:
         """What the heads are compared with, in the layout of their predictions."""
-        truths = {m.name: self._at(m, values[m.name], asked_BN) for m in self.targets}
+        truths = {m.name: self._truth(m, batch, asked_BN) for m in self.targets}
         return truths | {name: normalise_patches(truths[name]) for name in self.normalise_targets}
 
-    def _at(self, m: Modality, whole: Target, asked_BN: Tensor) -> Target:
-        """The part of a target at the patches asked for; an image-level target is always asked for as a whole."""
-        if m.level is Level.IMAGE:
-            return whole
-        if self.missing == "mean" and m.kind is Kind.CONTINUOUS:
-            whole = whole._replace(valid=torch.ones_like(whole.valid))  # missing values are 0, the mean, once normalised
-        return Target(*(patchify(x, self.model.encoder.patch_size, asked_BN) for x in whole))
+    def _truth(self, m: Modality, batch: Batch, asked_BN: Tensor) -> Target:
+        """A target at the patches asked for, which are picked in their native type; at image level as a whole."""
+        raw = with_channels(m, batch)
+        if m.level is Level.PIXEL:
+            raw = patchify(raw, self.model.encoder.patch_size, asked_BN)
+        target: Target = self.readers[m.name](batch, raw, channels=-1)
+        if self.missing == "mean" and m.level is Level.PIXEL and m.kind is Kind.CONTINUOUS:
+            return target._replace(valid=torch.ones_like(target.valid))  # missing values are 0, the mean, once normalised
+        return target
+
+
+def with_channels(m: Modality, batch: Batch) -> Tensor:
+    """Native values as (B, C, ...); labels have one channel."""
+    return batch[m.name].unsqueeze(1) if m.kind is Kind.CATEGORICAL else batch[m.name]
 
 
 def _check(

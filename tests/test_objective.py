@@ -94,7 +94,7 @@ def test_a_no_data_input_pixel_is_filled_and_not_a_target() -> None:
     lost = full - objective.valid_counts(batch)[:, 0]
     assert 0 < lost[0] <= len(INPUT.bands)
     assert (lost[1:] == 0).all()
-    values, valid = objective.readers[INPUT.name](batch)
+    values, valid = objective.read(batch)[INPUT.name]
     assert (values[~valid] == 0).all()
     loss, gradients = _step(objective, batch)
     assert loss.isfinite()
@@ -201,7 +201,7 @@ def test_statistics_follow_the_product() -> None:
     normalise = Normaliser(INPUT, mean, torch.tensor([[2.0] * 12, [4.0] * 12]))
     batch = {INPUT.name: torch.full((2, 12, 8, 8), 11).to(torch.uint16), "product": torch.tensor([0, 1]).to(torch.int8)}
     batch[INPUT.present_column] = torch.ones(2, dtype=torch.bool)
-    values, valid = normalise(batch)
+    values, valid = normalise(batch, batch[INPUT.name])
     assert (values[0] == 5).all()
     assert (values[1] == 2).all()
     assert valid.all()
@@ -213,7 +213,7 @@ def test_the_input_and_its_target_are_one_tensor() -> None:
     objective, batch = make_objective(), make_batch()
     seen: list[Tensor] = []
     objective.model.encoder.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
-    before = objective._read(batch)[INPUT.name].truth
+    before = objective.read(batch)[INPUT.name].truth
     _step(objective, batch)
     assert torch.equal(seen[0], before)  # the encoder did not write into it
 
@@ -237,7 +237,7 @@ def test_reconstruction_is_in_physical_units() -> None:
 def test_a_perfect_model_reconstructs_the_truth(monkeypatch: pytest.MonkeyPatch) -> None:
     objective, batch = make_objective(), make_batch()
     everywhere = torch.arange(9).expand(4, -1)
-    truths = objective._truths(objective._read(batch), everywhere)
+    truths = objective._truths(batch, everywhere)
     perfect = {}
     for m in TARGETS:
         truth = truths[m.name].truth

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
+from mmearth_ray.model.depthwise import Canvas, DenseDepthwise, PackedDepthwise, as_autocast
+
 EPS = 1e-6  # of LayerNorm and GRN: the published ConvNeXt V2 encoder
 CELLS = 8  # cells along the side of a patch after the stem: three halvings later it is one
 MLP_RATIO = 4  # width of the hidden layer of a block over its own: ConvNeXt
@@ -102,6 +104,7 @@ class PackedLayout:
         self.visible_BV = visible_BV
         self.image_B1 = torch.arange(len(visible_BV), device=visible_BV.device)[:, None]
         self._places: dict[int, Tensor] = {}
+        self._canvases: dict[tuple[int, int], Canvas] = {}
 
     def pixels(self, image_BCHW: Tensor) -> Tensor:
         return self._windows(image_BCHW, halo=0).unflatten(0, self.visible_BV.shape)
@@ -129,6 +132,9 @@ class PackedLayout:
         return windows_BRSPPD[self.image_B1, row_BV, column_BV].flatten(0, 1)
 
     def depthwise(self, x_BVQQD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None) -> Tensor:
+        if x_BVQQD.device.type == "cpu":
+            canvas = self._canvas(x_BVQQD.shape[2], weight_D1KK.shape[-1])
+            return PackedDepthwise.apply(*as_autocast(x_BVQQD, weight_D1KK, bias_D), canvas)  # type: ignore[return-value]
         (rows, columns), (batch, _, cells, _, channels) = self.grid, x_BVQQD.shape
         places, total = self._row_places(cells), batch * rows * cells * columns
         map_TK: Tensor = _Spread.apply(x_BVQQD.reshape(-1, cells * channels), places, total)  # type: ignore[assignment]
@@ -136,6 +142,11 @@ class PackedLayout:
         map_BHWD = _depthwise(map_BHWD, weight_D1KK, bias_D)
         out_NK: Tensor = _Collect.apply(map_BHWD.reshape(total, -1), places)  # type: ignore[assignment]
         return out_NK.view_as(x_BVQQD)
+
+    def _canvas(self, cells: int, kernel: int) -> Canvas:
+        if (cells, kernel) not in self._canvases:
+            self._canvases[cells, kernel] = Canvas(self.visible_BV, self.grid, cells, kernel)
+        return self._canvases[cells, kernel]
 
     def _row_places(self, cells: int) -> Tensor:
         """Where each of the `cells` rows of each block lies in a map of (B, R, cells, S) rows: (B V cells,)."""
@@ -151,14 +162,20 @@ class PackedLayout:
 def _depthwise(map_BHWD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None) -> Tensor:
     """An ordinary depthwise convolution that keeps the size; channels-last in memory, before and after."""
     padding = weight_D1KK.shape[-1] // 2
+    if map_BHWD.device.type == "cpu" and torch.is_grad_enabled():
+        return DenseDepthwise.apply(*as_autocast(map_BHWD, weight_D1KK, bias_D))  # type: ignore[return-value]
     map_BDHW = map_BHWD.permute(0, 3, 1, 2)
     return functional.conv2d(map_BDHW, weight_D1KK, bias_D, padding=padding, groups=len(weight_D1KK)).permute(0, 2, 3, 1)
 
 
 def _inside(x_BVQQD: Tensor, weight_ODKK: Tensor, bias_O: Tensor | None, groups: int) -> Tensor:
-    """Every block by itself, as if it were an image."""
+    """Every block by itself, as if it were an image; without groups a matrix product of the cells under the kernel."""
+    side = weight_ODKK.shape[-1]
+    if groups == 1:
+        x_BVQQKKD = x_BVQQD.unflatten(3, (-1, side)).unflatten(2, (-1, side)).transpose(3, 4)
+        return functional.linear(x_BVQQKKD.flatten(4), weight_ODKK.permute(0, 2, 3, 1).flatten(1), bias_O)
     x_NDQQ = x_BVQQD.flatten(0, 1).permute(0, 3, 1, 2)
-    x_NOQQ = functional.conv2d(x_NDQQ, weight_ODKK, bias_O, stride=weight_ODKK.shape[-1], groups=groups)
+    x_NOQQ = functional.conv2d(x_NDQQ, weight_ODKK, bias_O, stride=side, groups=groups)
     return x_NOQQ.permute(0, 2, 3, 1).unflatten(0, x_BVQQD.shape[:2])
 
 

@@ -78,7 +78,7 @@ def test_missing_is_decided_on_raw_values_whatever_statistics_make_of_them(manif
         group.columns[column][:] = value
         group.columns[column][:, :, 3] = missing
     batch = samples(experiment, [4, 5], group)
-    read = objective._read(to_device(batch, torch.device("cpu")))
+    read = objective.read(to_device(batch, torch.device("cpu")))
     for name, band, normalised in ((CANOPY, 0, 127.0), ("sentinel2", 1, 0.0)):
         expected = torch.ones(2, SIDE, SIDE, dtype=torch.bool)
         expected[..., 3] = False

@@ -58,12 +58,12 @@ def test_the_published_mode_reaches_every_part_of_a_run(shards: Path, tmp_path: 
 def _published_losses(objective: Objective, batch: Batch) -> Tensor:
     """Mean error of every task over the batch's own valid elements, weighted and added up; by plain means of PyTorch."""
     tensors = to_device(batch, torch.device("cpu"))
-    hidden, values = tensors["hidden"].long(), objective._read(tensors)
+    hidden, values = tensors["hidden"].long(), objective.read(tensors)
     predictions = objective.model(values[objective.input.name].truth, tensors["visible"].long(), hidden)
     total = torch.zeros(())
     assert objective.log_variances is not None
     for m, s in zip(objective.targets, objective.log_variances, strict=True):
-        truth, valid = objective._truths(values, hidden)[m.name]
+        truth, valid = objective._truths(tensors, hidden)[m.name]
         if not valid.any():
             continue
         if m.kind is Kind.CATEGORICAL:
