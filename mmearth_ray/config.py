@@ -49,7 +49,10 @@ class Model:
     )  # fmt: skip
     grn: str = key("image", "what GRN's norm runs over in the encoder: an image, or as published the whole batch",
                    among=("image", "batch"))  # fmt: skip
-    backend: str = key("packed", "what convolves visible patches; minkowski must be installed", among=("packed", "minkowski"))
+    backend: str = key(
+        "packed", "what convolves visible patches; minkowski must be installed, triton is for GPUs",
+        among=("packed", "minkowski", "triton"),
+    )  # fmt: skip
     init_scheme: str = key("uniform", "initial weights: std 0.02 throughout, or as published", among=("uniform", "published"))
     init: str = key("", "start from these weights: an exported encoder, a checkpoint or its model.safetensors")
 
@@ -83,6 +86,9 @@ class Train:
     workers: int = key(1, "train workers; each takes an equal part of the global batch", at_least=1)
     gpus: bool | None = key(None, "one GPU per worker (nccl); default: if the cluster has enough")
     engine: str = key("ddp", "how workers share the model", among=("ddp",))
+    precision: str = key("fp32", "of matrices and convolutions; bf16: autocast with float32 weights", among=("fp32", "bf16"))
+    fetch_every: int | None = key(None, "steps whose metrics leave the device together; default: 1 on a CPU, 10 on a GPU",
+                                  at_least=1)  # fmt: skip
     averaging: str = key(
         "global", "what a loss is the mean of: the global batch, or as published each worker's micro-batch",
         among=("global", "local"),
@@ -175,6 +181,8 @@ def check(config: Config) -> None:
         )
     if model.backend == "minkowski" and train.gpus:
         raise UsageError("model.backend=minkowski runs on CPUs only; set train.gpus=false or model.backend=packed")
+    if model.backend == "triton" and train.gpus is False:
+        raise UsageError("model.backend=triton runs on GPUs only; set train.gpus=true or model.backend=packed")
     if train.steps is not None and train.epochs is not None:
         raise UsageError("give train.steps or train.epochs, not both")
     input_of(config)

@@ -136,7 +136,7 @@ def weight_gradient(flat_ND: Tensor, grad_BDHP: Tensor, side: int) -> Tensor:
         centre = first + columns // 2 - side // 2
         part = conv2d_weight(
             _read(flat_ND, (batch, rows, pitch), side, centre), (channels, 1, side, columns), grad_BDHP,
-            padding=(side // 2, columns // 2), groups=channels,
+            padding=(side // 2, columns // 2), groups=channels,  # pyright: ignore[reportArgumentType]  (its hint is too narrow)
         )  # fmt: skip
         parts.append(part)
     return torch.cat(parts, 3)

@@ -5,6 +5,7 @@ holds; DistributedDataParallel averages, which is undone by scaling the loss wit
 """
 
 from contextlib import nullcontext
+from functools import partial
 from typing import Any
 
 import torch
@@ -36,11 +37,16 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
 
 
 class DDPEngine:
-    """Every worker holds the whole model; gradients are all-reduced while the backward pass runs."""
+    """Every worker holds the whole model; gradients are all-reduced while the backward pass runs.
 
-    def __init__(self, module: Objective, settings: Optimizer, device: torch.device) -> None:
+    Weights, moments and gradients are float32; with the precision "bf16" matrices and convolutions run in bfloat16 (autocast).
+    """
+
+    def __init__(self, module: Objective, settings: Optimizer, device: torch.device, precision: str = "fp32") -> None:
         self.module = module.to(device)
         self.device = device
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
+        self.healthy = torch.ones((), dtype=torch.bool, device=device)
         self.workers = dist.get_world_size() if dist.is_initialized() else 1
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.module, settings.weight_decay),
@@ -53,29 +59,44 @@ class DDPEngine:
                 self.module, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
             )
 
-    def loss(self, batch: dict[str, Tensor], totals: Tensor, share: float) -> tuple[Tensor, Tensor]:
-        """This micro-batch's part of the global loss, and its sums of errors per target (T,)."""
-        return self.forward(batch, totals, share)
-
     def backward(self, batch: dict[str, Tensor], totals: Tensor, share: float, *, last: bool) -> Tensor:
         """Add a micro-batch's gradients; on the step's last one they are summed over workers.  Returns sums (T,)."""
         waits = nullcontext() if last or not isinstance(self.forward, DistributedDataParallel) else self.forward.no_sync()
         with waits:
-            loss, sums = self.loss(batch, totals, share)
+            with self.autocast():
+                loss, sums = self.forward(batch, totals, share)
             (loss * self.workers).backward()
         return sums
 
-    def gradients_are_finite(self) -> bool:
-        """Whether every gradient is a number; the same answer on every worker, since gradients are summed over them."""
-        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return bool(torch.nn.utils.get_total_norm(gradients).isfinite())
+    @torch.no_grad()
+    def evaluate(self, batch: dict[str, Tensor], totals: Tensor) -> Tensor:
+        """Sums of errors per target (T,), on this worker alone."""
+        with self.autocast():
+            return self.module(batch, totals, 1.0)[1]
 
-    def step(self, learning_rate: float) -> None:
-        """Apply the gradients and clear them."""
+    def step(self, learning_rate: float) -> Tensor:
+        """Apply the gradients and clear them, unless one is not finite now or was not earlier.
+
+        Returns whether they were applied, a bool () on the device; the same on every worker, since gradients are sums over
+        workers.
+        """
+        gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
+        largest = torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf)  # unlike the 2-norm, this cannot overflow
+        self.healthy = self.healthy & largest.isfinite()
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
+        # The fused kernel's own switch, which GradScaler uses as well: nothing waits for the device.
+        self.optimizer.found_inf = (~self.healthy).float()  # pyright: ignore[reportAttributeAccessIssue]
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        return self.healthy
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """The sum over workers, on the device."""
+        held = values.to(self.device, copy=True)
+        if self.workers > 1:
+            dist.all_reduce(held)
+        return held
 
     def weights(self) -> dict[str, Tensor]:
         """All parameters by name, float32."""

@@ -104,6 +104,11 @@ def uses_gpus(config: Config) -> bool:
     found = int(ray.cluster_resources().get("GPU", 0))
     if config.train.gpus and found < config.train.workers:
         raise UsageError(f"train.gpus=true needs {config.train.workers} GPUs, the cluster has {found}; use fewer train.workers")
+    if config.model.backend == "triton" and found < config.train.workers:
+        raise UsageError(
+            f"model.backend=triton needs a GPU for each of train.workers={config.train.workers}, the cluster has {found}; use"
+            " fewer train.workers, or model.backend=packed"
+        )
     if config.train.gpus is None:
         return found >= config.train.workers and config.model.backend != "minkowski"
     return config.train.gpus

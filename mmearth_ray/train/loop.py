@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,7 +22,7 @@ from mmearth_ray.config import learning_rate_of, micro_batch_of
 from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import Experiment, build_objective, fixed_settings, versions
 from mmearth_ray.stream.plan import MicroBatches
-from mmearth_ray.stream.prepare import Batch, elements
+from mmearth_ray.stream.prepare import Batch
 from mmearth_ray.stream.source import Source
 from mmearth_ray.train import checkpoint
 from mmearth_ray.train.engine import ENGINES, DDPEngine
@@ -30,6 +30,7 @@ from mmearth_ray.train.initial import load_initial
 from mmearth_ray.train.journal import METRICS, Journal, cut_back, ledger_path
 from mmearth_ray.train.outputs import description_of, draw_reconstructions, export_model
 from mmearth_ray.train.schedule import learning_rate
+from mmearth_ray.train.window import Found, Sums, Window, fetch
 
 # Batches are only ever read, so it does not matter that arrays from the object store cannot be written.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
@@ -49,47 +50,14 @@ class Control(Protocol):
     """The line to whoever started the run."""
 
     def tell(self, progress: dict[str, Any]) -> None:
-        """Show the latest progress.  Called by rank 0 after every step; must not block."""
+        """Show the latest progress.  Called by rank 0 whenever metrics were fetched; must not block."""
 
     def should_stop(self) -> bool:
-        """Whether to save and end after the present step.  Only rank 0's answer counts."""
+        """Whether to save and end when metrics are fetched next.  Only rank 0's answer counts."""
         ...
 
 
 OpenStream = Callable[[Source, MicroBatches], Iterator[Batch]]
-
-
-@dataclass(frozen=True)
-class Sums:
-    """What a step (or a validation) found, over the whole global batch: errors and valid elements per target (T,), the
-    weighted loss before the update, and how many tiles."""
-
-    errors: Tensor
-    counts: Tensor
-    loss: float
-    tiles: int
-    applied: bool = True
-
-    @classmethod
-    def over_workers(cls, errors: Tensor, counts: Tensor, tiles: int, engine: DDPEngine) -> "Sums":
-        """Weigh the errors (summed over this worker's batches) and the counts (of all workers) with the present weights."""
-        errors = _all_sum(errors, engine.device)
-        objective = engine.module
-        with torch.no_grad():
-            parts = errors.float().to(engine.device), counts.to(engine.device)
-            return cls(errors, counts, float(objective.weigh(*parts, 1.0, objective.log_variances)), tiles)
-
-    def report(self, experiment: Experiment) -> dict[str, Any]:
-        """Losses (null where nothing was valid), coverage and the weighted loss, as they are logged."""
-        possible = elements(experiment.spec) * self.tiles
-        names = [m.name for m in experiment.spec.targets]
-        found = zip(names, self.errors.tolist(), self.counts.tolist(), possible.tolist(), strict=True)
-        rows = [(name, error / count if count else None, count / most) for name, error, count, most in found]
-        return {
-            "loss": self.loss,
-            "losses": {name: loss for name, loss, _ in rows},
-            "coverage": {name: coverage for name, _, coverage in rows},
-        }
 
 
 def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control: Control) -> None:
@@ -99,9 +67,9 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
     """
     torch.set_num_threads(worker.threads)
     config = experiment.config
-    engine = ENGINES[config.train.engine](build_objective(experiment), config.optimizer, worker.device)
+    engine = ENGINES[config.train.engine](build_objective(experiment), config.optimizer, worker.device, config.train.precision)
     done = _restore(experiment, engine)
-    if _all_sum(torch.tensor([done]), engine.device).item() != done * worker.workers:
+    if engine.all_sum(torch.tensor([done])).item() != done * worker.workers:
         raise RuntimeError(f"workers found different newest checkpoints in {experiment.run} (this one step {done})")
     if worker.rank == 0:
         cut_back(experiment.run, done)
@@ -115,26 +83,27 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
         metrics = files.enter_context(Journal(experiment.run / METRICS)) if worker.rank == 0 else None
         ledger = files.enter_context(Journal(ledger_path(experiment.run, worker.rank))) if config.train.ledger else None
         stream = open_stream(experiment.source, ranges) if len(ranges) else iter(())
-        saved, stop = done, False
+        saved, stop, window = done, False, Window(time.perf_counter())
         for step in range(done + 1, experiment.last_step + 1):
             begin = time.perf_counter()
             batches = [next(stream) for _ in range(ranges.per_step)]
             wait = time.perf_counter() - begin
             rate = _learning_rate(experiment, step)
-            wanted = control.should_stop() if worker.rank == 0 else False
-            sums, stop = _step(engine, batches, worker, rate, stop=wanted, local=config.train.averaging == "local")
-            if not sums.applied:
-                raise DataError(_not_finite(experiment, step, sums))
-            took = time.perf_counter() - begin
-            speed = {"lr": rate, "tiles_per_second": sums.tiles / took, "data_wait": wait / took}
-            entry = {"step": step, **sums.report(experiment), **speed}
+            found = _step(engine, batches, worker, rate, local=config.train.averaging == "local")
+            window.add(found, {"step": step, "lr": rate}, wait)
             if ledger:
                 ledger.write({"step": step, "world": worker.workers, "ids": [i for b in batches for i in b["id"].tolist()]})
+            if not _is_due(experiment, step, worker.device):
+                continue
+            sums, stop = fetch(window.found, engine, control.should_stop() if worker.rank == 0 else False)
+            _check_applied(experiment, window, sums)
+            entries = window.entries(experiment, sums, time.perf_counter())
             if experiment.held_out and (step % config.validate.every == 0 or step == experiment.steps):
-                entry["validation"] = validate(experiment, engine, worker, experiment.held_out)
+                entries[-1]["validation"] = validate(experiment, engine, worker, experiment.held_out)
             if metrics:
-                metrics.write(entry)
-                control.tell(entry)
+                for entry in entries:
+                    metrics.write(entry)
+                control.tell(entries[-1])
             last = stop or step == experiment.last_step
             if last or step % config.checkpoint.every == 0:
                 _save(experiment, engine, worker, step, [f for f in (metrics, ledger) if f])
@@ -143,35 +112,49 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
                 _draw(experiment, engine, worker, step)
             if stop:
                 break
+            window = Window(time.perf_counter())
     _draw(experiment, engine, worker, saved)
     if worker.rank == 0:
         export_model(experiment, engine.weights(), saved)
     _barrier()
 
 
-def _step(
-    engine: DDPEngine, batches: list[Batch], worker: Worker, rate: float, *, stop: bool, local: bool
-) -> tuple[Sums, bool]:
-    """One optimizer step over this worker's micro-batches.  Returns the global sums, and whether any worker wants to stop.
+FETCH_EVERY = {"cpu": 1, "cuda": 10}  # a GPU that waits for the host after every step stands still in the meantime
+
+
+def _is_due(experiment: Experiment, step: int, device: torch.device) -> bool:
+    """Whether the metrics leave the device after this step: every few steps, and whenever they are needed."""
+    config = experiment.config
+    every = config.train.fetch_every or FETCH_EVERY[device.type]
+    intervals = (every, config.checkpoint.every, config.validate.every, config.figure.every)
+    return step in (experiment.last_step, experiment.steps) or any(n and step % n == 0 for n in intervals)
+
+
+def _step(engine: DDPEngine, batches: list[Batch], worker: Worker, rate: float, *, local: bool) -> Found:
+    """One optimizer step over this worker's micro-batches; what it found stays on the device.
 
     Errors are divided by the valid elements of the global batch or, as published, by the micro-batch's own (`local`).
-    A loss or a gradient that is not finite leaves the weights as they are.
+    A gradient that is not finite leaves the weights as they are, at this step and at all later ones.
     """
-    counts = torch.from_numpy(np.sum([batch["count"].sum(0) for batch in batches], axis=0))
-    agreed = _all_sum(torch.cat([counts, torch.tensor([int(stop)])]), engine.device)
-    totals, stop = agreed[:-1], bool(agreed[-1])
+    mine = [torch.from_numpy(batch["count"].sum(0)) for batch in batches]
+    totals = engine.all_sum(torch.stack(mine).sum(0))
     share = 1.0 / (worker.workers * len(batches))
     errors = torch.zeros(len(totals), dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(batches, 1):
         tensors = to_device(batch, engine.device)
-        divisors = torch.from_numpy(batch["count"].sum(0)) / share if local else totals
-        errors += engine.backward(tensors, divisors.to(engine.device), share, last=number == len(batches)).double()
+        divisors = mine[number - 1].to(engine.device) / share if local else totals
+        errors += engine.backward(tensors, divisors, share, last=number == len(batches)).double()
+    log_variances = engine.module.log_variances
+    weighed_with = None if log_variances is None else log_variances.detach().clone()
     tiles = sum(len(batch["id"]) for batch in batches) * worker.workers
-    sums = Sums.over_workers(errors, totals, tiles, engine)
-    if not np.isfinite(sums.loss) or not engine.gradients_are_finite():
-        return replace(sums, applied=False), stop
-    engine.step(rate)
-    return sums, stop
+    return Found(errors, totals, weighed_with, engine.step(rate), tiles)
+
+
+def _check_applied(experiment: Experiment, window: Window, sums: list[Sums]) -> None:
+    """Raise DataError, naming the first step of the window whose loss or gradient was not finite."""
+    for note, s in zip(window.notes, sums, strict=True):
+        if not s.applied or not np.isfinite(s.loss):
+            raise DataError(_not_finite(experiment, note["step"], s))
 
 
 def _not_finite(experiment: Experiment, step: int, sums: Sums) -> str:
@@ -189,19 +172,25 @@ def validate(experiment: Experiment, engine: DDPEngine, worker: Worker, held_out
     size = micro_batch_of(experiment.config)
     ranges = [(start, min(start + size, last)) for start in range(first, last, size)]
     targets = len(experiment.spec.targets)
-    counts, errors = torch.zeros(targets, dtype=torch.int64), torch.zeros(targets, dtype=torch.float64)
-    with torch.no_grad():
-        for batch in held_out.batches(ranges):
-            mine = torch.from_numpy(batch["count"].sum(0))
-            _, sums = engine.module(to_device(batch, engine.device), mine.to(engine.device), 1.0)
-            counts, errors = counts + mine, errors + sums.double().cpu()
-    return Sums.over_workers(errors, _all_sum(counts, engine.device), tiles, engine).report(experiment)
+    counts = torch.zeros(targets, dtype=torch.int64)
+    errors = torch.zeros(targets, dtype=torch.float64, device=engine.device)
+    for batch in held_out.batches(ranges):
+        mine = torch.from_numpy(batch["count"].sum(0))
+        counts += mine
+        errors += engine.evaluate(to_device(batch, engine.device), mine.to(engine.device)).double()
+    applied = torch.ones((), dtype=torch.bool, device=engine.device)
+    found = Found(errors, engine.all_sum(counts), engine.module.log_variances, applied, tiles)
+    (sums,), _ = fetch([found], engine)
+    return sums.report(experiment)
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """The batch's numeric arrays as tensors, in their native types."""
     arrays = {name: array for name, array in batch.items() if array.dtype.kind in "buif"}
-    return {name: torch.from_numpy(array).to(device, non_blocking=True) for name, array in arrays.items()}
+    held = {name: torch.from_numpy(array) for name, array in arrays.items()}
+    if device.type == "cuda":  # only from pinned memory does a copy run beside the device's work
+        held = {name: tensor.pin_memory() for name, tensor in held.items()}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in held.items()}
 
 
 def _learning_rate(experiment: Experiment, step: int) -> float:
@@ -245,15 +234,6 @@ def _draw(experiment: Experiment, engine: DDPEngine, worker: Worker, step: int) 
         source = experiment.held_out or experiment.source
         batch = next(source.batches([(0, min(experiment.config.figure.tiles, source.samples))]))
         draw_reconstructions(experiment, engine.module, batch, to_device(batch, engine.device), step)
-
-
-def _all_sum(values: Tensor, device: torch.device) -> Tensor:
-    """The sum over workers, on the CPU."""
-    if not dist.is_initialized() or dist.get_world_size() == 1:
-        return values.cpu()
-    held = values.to(device)
-    dist.all_reduce(held)
-    return held.cpu()
 
 
 def _barrier() -> None:

@@ -1,0 +1,83 @@
+"""Metrics that leave the device a window at a time: the same lines, and the same end where a loss is not finite."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from command import metrics
+from processes import Quiet, local_stream, settings, train
+from safetensors.torch import load_file
+from tiny_earth import make_data_set
+
+from mmearth_ray.errors import DataError
+from mmearth_ray.experiment import build_objective, open_experiment
+from mmearth_ray.train.engine import DDPEngine
+from mmearth_ray.train.loop import Worker, run
+
+LINES = ("step", "lr", "loss", "losses", "coverage")
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data_set(tmp_path_factory.mktemp("data") / "tiny", tiles=24, size=40, held_out=4).directory
+
+
+def _weights(run_directory: Path) -> dict[str, torch.Tensor]:
+    return load_file(max((run_directory / "checkpoints").glob("step-*")) / "model.safetensors")
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_lines_do_not_depend_on_when_they_are_fetched(workers: int, shards: Path, tmp_path: Path) -> None:
+    recipe = ("train.steps=7", f"train.workers={workers}", "checkpoint.every=5", "optimizer.lr=1e-3")
+    for every in (1, 3):
+        train(shards, tmp_path / str(every), *recipe, f"train.fetch_every={every}")
+    often, seldom = (metrics(tmp_path / str(every)) for every in (1, 3))
+    assert [entry["step"] for entry in seldom] == list(range(1, 8))
+    assert [{k: entry[k] for k in LINES} for entry in often] == [{k: entry[k] for k in LINES} for entry in seldom]
+    assert len({entry["tiles_per_second"] for entry in seldom}) == 4  # after steps 3, 5 (a checkpoint), 6 and 7
+    finals = _weights(tmp_path / "1"), _weights(tmp_path / "3")
+    assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+
+
+def test_the_wish_to_stop_is_heard_when_metrics_are_fetched(shards: Path, tmp_path: Path) -> None:
+    train(shards, tmp_path, "train.steps=9", "train.fetch_every=4", stop_after=1)
+    assert [entry["step"] for entry in metrics(tmp_path)] == [1, 2, 3, 4]
+    assert max((tmp_path / "checkpoints").glob("step-*")).name == "step-00000004"
+
+
+def test_the_first_step_that_was_not_finite_is_named_however_late_it_is_seen(shards: Path, tmp_path: Path) -> None:
+    for every in (1, 6):
+        arguments = ("optimizer.lr=1e18", "schedule.warmup_fraction=0", "train.steps=12", f"train.fetch_every={every}")
+        config = settings(shards, tmp_path / str(every), *arguments)
+        with pytest.raises(DataError, match="the loss of step 2 is not finite"):
+            run(open_experiment(config, shards), Worker(0, 1, torch.device("cpu"), 1), local_stream, Quiet())
+
+
+def test_after_a_gradient_that_is_not_finite_nothing_is_applied_any_more(shards: Path, tmp_path: Path) -> None:
+    experiment = open_experiment(settings(shards, tmp_path), shards)
+    engine = DDPEngine(build_objective(experiment), experiment.config.optimizer, torch.device("cpu"))
+
+    def applied(value: float) -> bool:
+        for parameter in engine.module.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        return bool(engine.step(0.1))
+
+    assert applied(1e30)  # its square is no float32, it is one itself
+    before = {name: weight.clone() for name, weight in engine.weights().items()}
+    moments = {name: value.clone() for name, value in engine.moments().items()}
+    assert [applied(value) for value in (np.inf, 1.0, np.nan)] == [False, False, False]
+    assert all(torch.equal(weight, before[name]) for name, weight in engine.weights().items())
+    assert all(torch.equal(value, moments[name]) for name, value in engine.moments().items())
+
+
+def test_bf16_keeps_float32_weights_and_loses_little(shards: Path, tmp_path: Path) -> None:
+    recipe = ("train.steps=6", "optimizer.lr=1e-3", "validate.every=6", "validate.tiles=4")
+    for precision in ("fp32", "bf16"):
+        train(shards, tmp_path / precision, *recipe, f"train.precision={precision}")
+    exact, low = (metrics(tmp_path / precision) for precision in ("fp32", "bf16"))
+    assert [entry["loss"] for entry in exact] != [entry["loss"] for entry in low]
+    for ours, theirs in zip(low, exact, strict=True):
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
+    assert low[-1]["validation"]["loss"] == pytest.approx(exact[-1]["validation"]["loss"], rel=2e-2)
+    assert {weight.dtype for weight in _weights(tmp_path / "bf16").values()} == {torch.float32}
