@@ -1,21 +1,19 @@
 """Settings of a command: a frozen dataclass owns every default, YAML and key=value arguments change them.
 
 Each field is declared with `key(default, "meaning", ...)`, so that `--help`, the check of values and the error for a wrong
-key all come from the declaration.  No omegaconf object leaves this module.
+key all come from the declaration.  No omegaconf object leaves this module, and where omegaconf is not installed, arguments of
+plain values are read without it.
 """
 
 import difflib
+import importlib
 import math
 import re
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import MISSING, Field, field, fields, is_dataclass
+from dataclasses import MISSING, Field, field, fields, is_dataclass, replace
 from pathlib import Path
-from types import UnionType
+from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
-
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from mmearth_ray.errors import UsageError
 
@@ -50,18 +48,88 @@ def load(kind: type[T], files: Sequence[Path], arguments: Sequence[str]) -> T:
 
     Raises UsageError for a file that cannot be read, an unknown key, a value of the wrong type or out of bounds.
     """
+    if not files and not _has_omegaconf():
+        return load_plain(kind, arguments)
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     merged = OmegaConf.structured(kind)
     for source, layer in [*((str(f), _yaml(f)) for f in files), *((a, _argument(kind, a)) for a in arguments)]:
         try:
             merged = OmegaConf.merge(merged, layer)
         except OmegaConfBaseException as error:
-            raise UsageError(_explain(kind, source, error)) from error
+            raise UsageError(_explain(kind, source, str(getattr(error, "full_key", "") or ""))) from error
     try:
         settings: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
         raise UsageError(f"a reference ${{...}} cannot be resolved: {' '.join(str(error).split())}") from error
     check(settings)
     return settings
+
+
+def _has_omegaconf() -> bool:
+    try:
+        importlib.import_module("omegaconf")
+    except ImportError:
+        return False
+    return True
+
+
+def load_plain(kind: type[T], arguments: Sequence[str]) -> T:
+    """The settings of `kind` with arguments of plain values: decimal numbers, true, false, null, text, lists of plain words.
+
+    What it takes it reads as `load` does; for anything else it raises UsageError.
+    """
+    settings: T = kind()
+    types = {name: entry.type for name, entry, _ in walk(kind)}
+    for argument in arguments:
+        name, value = _split(argument)
+        if name not in types:
+            raise UsageError(_explain(kind, argument, name))
+        try:
+            settings = _with(settings, name, _plain(value, types[name]))
+        except ValueError as error:
+            hint = "without omegaconf only decimal numbers, true, false, null, text and lists of plain words are read"
+            raise UsageError(f"{_explain(kind, argument, name)}; {hint}") from error
+    check(settings)
+    return settings
+
+
+def _with(settings: Any, name: str, value: Any) -> Any:
+    """The settings with one of them, by its dotted name, set to a value."""
+    head, _, rest = name.partition(".")
+    return replace(settings, **{head: _with(getattr(settings, head), rest, value) if rest else value})
+
+
+_WORD = "an item of a list of text"
+
+_PLAIN: dict[Any, tuple[str, Callable[[str], Any]]] = {
+    int: (r"-?(?:0|[1-9][0-9]*)", int),
+    float: (r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE]-?[0-9]+)?", float),
+    bool: (r"true|false", lambda text: text == "true"),
+    _WORD: (r"(?i:(?!(?:true|false|yes|no|on|off|null)$)[a-z][\w./+-]*)|[0-9]+/[0-9]+|0|[1-9][0-9]*", str),
+}
+"""What each type looks like, where YAML cannot mean anything else by it."""
+
+
+def _plain(text: str, wanted: Any) -> Any:
+    """The value of a text as the wanted type.  Raises ValueError where it is not a plain one."""
+    if isinstance(wanted, UnionType):
+        if text in ("", "null"):
+            return None
+        wanted = next(iter(set(get_args(wanted)) - {NoneType}))
+    if get_origin(wanted) is list:
+        if not (text.startswith("[") and text.endswith("]")):
+            raise ValueError(text)
+        items = text[1:-1].split(",") if text[1:-1].strip() else []
+        (inner,) = get_args(wanted)
+        return [_plain(item.strip(), _WORD if inner is str else inner) for item in items]
+    if wanted is str and text != "null" and "$" not in text and not _QUOTED.fullmatch(text):
+        return text
+    pattern, convert = _PLAIN.get(wanted, ("(?!)", str))
+    if not re.fullmatch(pattern, text):
+        raise ValueError(text)
+    return convert(text)
 
 
 def check(settings: Any) -> None:
@@ -111,6 +179,8 @@ def flatten(settings: Any) -> dict[str, Any]:
 
 def to_yaml(settings: Any) -> str:
     """The settings as YAML that `load` reads back to the same object."""
+    from omegaconf import OmegaConf
+
     return OmegaConf.to_yaml(OmegaConf.structured(settings))
 
 
@@ -143,6 +213,10 @@ def _allowed(entry: Field) -> str:
 
 
 def _yaml(path: Path) -> Any:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
     try:
         layer = OmegaConf.create(path.read_text(encoding="utf-8") or "{}")
     except OSError as error:
@@ -154,10 +228,19 @@ def _yaml(path: Path) -> Any:
     return layer
 
 
-def _argument(kind: type, argument: str) -> Any:
+def _split(argument: str) -> tuple[str, str]:
     name, equals, value = argument.partition("=")
     if not equals or not re.fullmatch(r"[\w.]+", name):
         raise UsageError(f"'{argument}' is not of the form key=value; --help lists the keys")
+    return name, value
+
+
+def _argument(kind: type, argument: str) -> Any:
+    import yaml
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    name, value = _split(argument)
     try:
         if _is_literal(kind, name, value):
             layer = OmegaConf.create()
@@ -182,11 +265,12 @@ def _is_literal(kind: type, name: str, value: str) -> bool:
     return not value.startswith("$") and not _QUOTED.fullmatch(value)
 
 
-def _explain(kind: type, source: str, error: OmegaConfBaseException) -> str:
-    name = str(getattr(error, "full_key", "") or "")
-    if not name:
-        return f"{source}: a section holds keys and values, such as train.steps=100; --help lists the keys"
+def _explain(kind: type, source: str, name: str) -> str:
+    """Why a source's value for the key of that dotted name is refused."""
     known = {n: entry for n, entry, _ in walk(kind)}
+    if not name or any(n.startswith(name + ".") for n in known):
+        return f"{source}: a section holds keys and values, such as train.steps=100; --help lists the keys"
+    name = re.sub(r"\[\d+\]$", "", name)  # an item of a list
     name = next((n for n, entry in known.items() if get_origin(entry.type) is dict and name.startswith(n + ".")), name)
     if name in known:
         wanted = known[name].type

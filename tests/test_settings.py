@@ -1,5 +1,6 @@
 """Settings: defaults, YAML and arguments in order of precedence, and an error for each way to get them wrong."""
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -174,3 +175,90 @@ def test_help_says_every_key_its_default_and_its_meaning() -> None:
 )
 def test_text_given_as_an_argument_is_taken_as_it_stands(given: str, text: str) -> None:
     assert load(f"name={given}").name == text
+
+
+@dataclass(frozen=True)
+class Plain:
+    number: int = key(3, "a whole number")
+    maybe: int | None = key(4, "one or none")
+    real: float = key(0.5, "a number", at_most=1e6)
+    flag: bool = key(False, "yes or no")
+    text: str = key("a", "text")
+    note: str | None = key("b", "text or none")
+    words: list[str] = key(["c"], "several texts")
+    numbers: list[int] = key([1], "several whole numbers")
+    reals: list[float] = key([1.0], "several numbers")
+
+
+NUMBERS = ["0", "-0", "7", "-7", "+7", "007", "010", "1_000", "0x10", "1.0", "-2.50", ".5", "1.", "1e3", "1e+3", "1:30"]
+WORDS = ["true", "True", "false", "yes", "no", "On", "y", "null", "Null", "~", "", "a", "fp32", "56/8", "a-b", "-a", "a.b",
+         "e3", "inf", ".inf", "nan", "2020-01-01", "a b", "a: b", "a:b", "#", "'a'", '"a"', "'", "$a", "${a}", "=", "<<",
+         " 7", "7 ", "é", "*a", "&a", "!a", "@a", "`a", "|", ">", "%a", "{}", "?", "-"]  # fmt: skip
+TEXTS = [*NUMBERS, *WORDS, *(f"[{text}]" for text in NUMBERS + WORDS), "[1,2]", "[ 1 , 2 ]", "[a,b]", "[a,]", "[,a]", "[a,,b]",
+         "[[1]]", "[1", "1]", "[1,x]", "[56/8, 112/16]", "[atto,true]", "[1.10,a]"]  # fmt: skip
+
+
+def plain_or_none(argument: str) -> Plain | None:
+    try:
+        return settings.load_plain(Plain, [argument])
+    except UsageError:
+        return None
+
+
+@pytest.mark.parametrize("name", flatten(Plain()))
+def test_what_is_read_without_omegaconf_is_what_omegaconf_reads(name: str) -> None:
+    read = {text: plain for text in TEXTS if (plain := plain_or_none(f"{name}={text}")) is not None}
+    assert len(read) >= 2
+    for text, plain in read.items():
+        assert plain == settings.load(Plain, [], [f"{name}={text}"]), text
+
+
+@pytest.mark.parametrize(
+    ("argument", "value"),
+    [
+        ("number=12", 12), ("number=-3", -3), ("maybe=null", None), ("maybe=", None), ("maybe=5", 5), ("real=2", 2.0),
+        ("real=1e-3", 0.001), ("real=-1.5", -1.5), ("flag=true", True), ("flag=false", False), ("text=12_0", "12_0"),
+        ("text=", ""), ("note=null", None), ("note=x=y", "x=y"), ("words=[56/8, 112/16]", ["56/8", "112/16"]), ("words=[]", []),
+        ("words=[atto,fp32]", ["atto", "fp32"]), ("numbers=[1, -2]", [1, -2]), ("reals=[1,2.5]", [1.0, 2.5]),
+    ],
+)  # fmt: skip
+def test_plain_values_are_read_without_omegaconf(argument: str, value: object) -> None:
+    found = flatten(settings.load_plain(Plain, [argument]))[argument.partition("=")[0]]
+    assert found == value
+    assert type(found) is type(value)
+
+
+@pytest.mark.parametrize(
+    ("argument", "message"),
+    [
+        ("engine.powr=3", "engine.powr=3: there is no key 'engine.powr'; did you mean engine.power?"),
+        ("engine=3", "engine=3: a section holds keys and values"),
+        ("engine.power=much", "engine.power=much: engine.power must be of type float; --help tells what it means; without"),
+        ("sail=perhaps", "sail=perhaps: sail must be of type bool"),
+        ("ports=Kiel", "ports=Kiel: ports must be of type list[str]"),
+        ("cargo=x", "cargo=x: cargo must be of type dict[str, list[str]]"),
+        ("engine.power=100", "engine.power=100.0: must be below 100"),
+        ("engine.fuel=coal", "engine.fuel=coal: must be one of diesel, petrol"),
+        ("sail", "'sail' is not of the form key=value; --help lists the keys"),
+    ],
+)
+def test_a_wrong_argument_is_answered_alike_without_omegaconf(argument: str, message: str) -> None:
+    with pytest.raises(UsageError) as caught:
+        settings.load_plain(Boat, [argument])
+    assert str(caught.value).startswith(message)
+    assert error_of(argument).startswith(message.removesuffix("; without"))
+
+
+def test_sections_are_reached_without_omegaconf() -> None:
+    arguments = ["engine.power=7", "engine.power=8", "engine.cylinders=4", "name=Bea", "ports=[Oslo,Bergen]"]
+    assert settings.load_plain(Boat, arguments) == load(*arguments)
+
+
+def test_load_reads_plain_arguments_where_omegaconf_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "omegaconf", None)
+    assert load("engine.power=7", "ports=[Oslo]") == Boat(ports=["Oslo"], engine=Engine(power=7))
+
+
+def test_an_item_of_the_wrong_type_is_answered_with_the_name_of_its_list() -> None:
+    with pytest.raises(UsageError, match=r"^numbers=\[a\]: numbers must be of type list\[int\]; --help tells what it means$"):
+        settings.load(Plain, [], ["numbers=[a]"])

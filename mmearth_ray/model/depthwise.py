@@ -53,7 +53,7 @@ class Canvas:
         flat_ND = self._sheets.get(sheet)
         if flat_ND is None or (flat_ND.shape[1], flat_ND.dtype) != (width, x_BVQQD.dtype):
             flat_ND = self._sheets[sheet] = x_BVQQD.new_zeros(self.size + 2 * margin, width)
-        self._runs(flat_ND[margin:-margin]).index_copy_(0, self.places, x_BVQQD.reshape(len(self.places), -1))
+        self._runs(flat_ND[margin : margin + self.size]).index_copy_(0, self.places, x_BVQQD.reshape(len(self.places), -1))
         return flat_ND
 
     def collect(self, map_BDHP: Tensor, shape: torch.Size) -> Tensor:

@@ -26,13 +26,14 @@ from mmearth_ray.model.layers import (
     Scope,
 )
 from mmearth_ray.model.minkowski import MinkowskiLayout, require_minkowski
+from mmearth_ray.model.triton_layout import TritonLayout, require_triton
 
 Stem = Literal["modified", "original"]
 
-Backend = Literal["packed", "minkowski"]
+Backend = Literal["packed", "minkowski", "triton"]
 
 STEMS: tuple[Stem, ...] = ("modified", "original")
-BACKENDS: tuple[Backend, ...] = ("packed", "minkowski")
+BACKENDS: tuple[Backend, ...] = ("packed", "minkowski", "triton")
 PATCH_SIZES = (8, 16, 32)
 
 
@@ -143,6 +144,9 @@ def sparse_layout(backend: Backend) -> Callable[[Tensor, tuple[int, int]], Layou
     if backend == "minkowski":
         require_minkowski()
         return MinkowskiLayout
+    if backend == "triton":
+        require_triton()
+        return TritonLayout
     raise ValueError(f"there is no backend '{backend}'; use one of {', '.join(BACKENDS)}")
 
 

@@ -35,7 +35,7 @@ def _packed(maps: Tensor, like: Tensor, visible_BV: Tensor, grid: tuple[int, int
 
 
 @pytest.mark.parametrize("grid", GRIDS)
-@pytest.mark.parametrize("side", [3, 5, 7])
+@pytest.mark.parametrize("side", [1, 3, 5, 7])
 @pytest.mark.parametrize("cells", [1, 2, 4, 8])
 def test_packed_is_the_plain_convolution_and_its_gradients(
     cells: int, side: int, grid: tuple[int, int], generator: torch.Generator
