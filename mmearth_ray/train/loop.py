@@ -25,6 +25,7 @@ from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.stream.prepare import Batch
 from mmearth_ray.stream.source import Source
 from mmearth_ray.train import checkpoint
+from mmearth_ray.train.allocator import keep_freed_memory
 from mmearth_ray.train.engine import ENGINES, DDPEngine
 from mmearth_ray.train.initial import load_initial
 from mmearth_ray.train.journal import METRICS, Journal, cut_back, ledger_path
@@ -66,6 +67,7 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
     Raises DataError if the data are damaged, the disk is full or the loss is no longer finite.
     """
     torch.set_num_threads(worker.threads)
+    keep_freed_memory()
     config = experiment.config
     engine = ENGINES[config.train.engine](build_objective(experiment), config.optimizer, worker.device, config.train.precision)
     done = _restore(experiment, engine)
