@@ -25,6 +25,11 @@ from mmearth_ray.stream.source import Source
 
 TASKS_PER_WINDOW = 1024
 
+BLOCK_SHARE = 0.9
+"""Target size of a block as a share of a batch: Ray Data closes a block once it exceeds the target and cuts it where it is
+half as large again, so that with less than 1 and more than 2/3 every batch is one block, neither copied together with
+others nor cut up to be put together again in the train worker."""
+
 
 @dataclass(frozen=True)
 class Share:
@@ -42,7 +47,8 @@ def stream(source: Source, ranges: MicroBatches, *, tiles_per_task: int, read_ah
     per_task = max(1, tiles_per_task // ranges.micro_batch)
     tasks = -(-len(ranges) // per_task)
     tiles_ahead = read_ahead * ranges.micro_batch + 2 * max(tiles_per_task, ranges.micro_batch)
-    _configure(share, 2 * tiles_ahead * bytes_per_tile(source.spec))
+    per_tile = bytes_per_tile(source.spec)
+    _configure(share, 2 * tiles_ahead * per_tile, ranges.micro_batch * per_tile)
     for first in range(0, tasks, TASKS_PER_WINDOW):
         count = min(TASKS_PER_WINDOW, tasks - first)
         task_numbers = ray.data.range(count, override_num_blocks=count)
@@ -78,16 +84,20 @@ class Breathe(ExecutionCallback):
     """A pause after every step of Ray Data's scheduler, which runs in a thread of the train worker.
 
     While finished batches wait for the consumer the scheduler does not block: it would turn without a pause, hold the
-    interpreter and take two thirds of a core from the training step, which then runs at half its speed.
+    interpreter and take two thirds of a core from the training step, which then runs at half its speed.  One turn costs a
+    millisecond and more, so the pause grows with the batches that wait: where there are many nothing is urgent, and a consumer
+    that outruns the data tasks finds the scheduler awake.
     """
 
     SECONDS = 0.02
+    MOST_SECONDS = 0.25
 
     def on_execution_step(self, executor: Any) -> None:
-        time.sleep(self.SECONDS)
+        _, state = executor._output_node
+        time.sleep(min(self.MOST_SECONDS, self.SECONDS * (1 + 2 * len(state.output_queue))))
 
 
-def _configure(share: Share, wanted_bytes: int) -> None:
+def _configure(share: Share, wanted_bytes: int, batch_bytes: int) -> None:
     """Set this process's limits for Ray Data.  Order is kept and nothing is printed.
 
     Without a tight bound on finished batches, data tasks would fill the object store at a run's start, at full speed, and
@@ -99,7 +109,7 @@ def _configure(share: Share, wanted_bytes: int) -> None:
         cpu=share.cpus, object_store_memory=min(share.object_store_bytes, wanted_bytes)
     )
     context.custom_execution_callback_classes = [Breathe]
-    context.target_max_block_size = 16 << 20
+    context.target_max_block_size = max(1, int(BLOCK_SHARE * batch_bytes))
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     logging.getLogger("ray.data").setLevel(logging.WARNING)

@@ -7,7 +7,7 @@ by; they follow the losses' own rules.
 Shapes: B samples, C bands, h w the crop, L patches of p x p px, V visible, N hidden, T targets, P products.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -51,19 +51,38 @@ class SampleSpec:
         return (self.image_size // self.patch_size) ** 2
 
 
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """Rows of a row group, in the given epoch: what one batch takes out of it."""
+
+    group: RowGroup
+    rows: np.ndarray
+    epoch: int
+
+
 def prepare(spec: SampleSpec, group: RowGroup, rows: np.ndarray, epoch: int) -> Batch:
-    """The samples of those rows of a row group.
+    """The samples of those rows of a row group, as `assemble` gives them."""
+    return assemble(spec, [Piece(group, rows, epoch)])
+
+
+def assemble(spec: SampleSpec, pieces: Sequence[Piece]) -> Batch:
+    """The samples of those pieces, in order, as one batch; every map is copied once, from its row group to its place.
 
     Returns per modality: maps (B, C, h, w) in the stored dtype, class maps int8 (B, h, w) with -1 for missing, vectors
     float32 (B, C), labels int16 (B,) with -1 for missing, and `<name>.present` bool (B,); `visible` (B, V) and `hidden`
     (B, N) int16 patch indices, ascending; `count` int64 (B, T); `product` int8 (B,); `id` (B,).
     """
-    ids = [group.id[row] for row in rows]
-    top, left, visible, hidden = draw(spec, ids, epoch)
-    batch: Batch = {"id": np.array(ids), "product": group.product[rows], "visible": visible, "hidden": hidden}
-    for modality in spec.modalities:
-        batch[modality.name] = _LAYER[modality.level, modality.kind](spec, modality, group, rows, top, left)
-        batch[modality.present_column] = group.present[modality.name][rows]
+    ids = [piece.group.id[row] for piece in pieces for row in piece.rows]
+    drawn = [draw(spec, [piece.group.id[row] for row in piece.rows], piece.epoch) for piece in pieces]
+    top, left, visible, hidden = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
+    product = np.concatenate([piece.group.product[piece.rows] for piece in pieces])
+    batch: Batch = {"id": np.array(ids), "product": product, "visible": visible, "hidden": hidden}
+    for m in spec.modalities:
+        batch[m.present_column] = np.concatenate([piece.group.present[m.name][piece.rows] for piece in pieces])
+        if m.level is Level.PIXEL:
+            batch[m.name] = _MAPS[m.kind](spec, m, pieces, top, left)
+        else:
+            batch[m.name] = np.concatenate([_VALUES[m.kind](m, piece) for piece in pieces])
     batch["count"] = valid_counts(spec, batch)
     return batch
 
@@ -77,47 +96,50 @@ def draw(spec: SampleSpec, ids: list[str], epoch: int) -> tuple[np.ndarray, np.n
     return top, left, np.sort(order[:, : spec.visible]), np.sort(order[:, spec.visible :])
 
 
-def _crop(spec: SampleSpec, column: np.ndarray, rows: np.ndarray, top: np.ndarray, left: np.ndarray) -> np.ndarray:
-    """(B, h, w): each row's box out of a column of maps (n, H, W)."""
-    size = spec.image_size
-    windows = np.lib.stride_tricks.sliding_window_view(column, (size, size), axis=(1, 2))
-    return windows[rows, top, left]
+def _crops(
+    spec: SampleSpec, m: Modality, pieces: Sequence[Piece], top: np.ndarray, left: np.ndarray
+) -> Iterator[tuple[int, RowGroup, int, list[np.ndarray]]]:
+    """For each sample its place in the batch, its row group and row, and its box (h, w) of each band: views, no copies."""
+    size, columns, place = spec.image_size, m.columns, 0
+    boxes = [(slice(y, y + size), slice(x, x + size)) for y, x in zip(top.tolist(), left.tolist(), strict=True)]
+    for piece in pieces:
+        maps = [piece.group.columns[name] for name in columns]
+        for row in piece.rows.tolist():
+            yield place, piece.group, row, [column[row, *boxes[place]] for column in maps]
+            place += 1
 
 
-def _map(
-    spec: SampleSpec, modality: Modality, group: RowGroup, rows: np.ndarray, top: np.ndarray, left: np.ndarray
-) -> np.ndarray:
-    out = np.empty((len(rows), len(modality.bands), spec.image_size, spec.image_size), np.dtype(modality.dtype))
-    for band, name in enumerate(modality.columns):
-        out[:, band] = _crop(spec, group.columns[name], rows, top, left)
+def _maps(spec: SampleSpec, m: Modality, pieces: Sequence[Piece], top: np.ndarray, left: np.ndarray) -> np.ndarray:
+    out = np.empty((len(top), len(m.bands), spec.image_size, spec.image_size), np.dtype(m.dtype))
+    for place, _, _, bands in _crops(spec, m, pieces, top, left):
+        for band, crop in enumerate(bands):
+            out[place, band] = crop
     return out
 
 
-def _class_map(
-    spec: SampleSpec, modality: Modality, group: RowGroup, rows: np.ndarray, top: np.ndarray, left: np.ndarray
-) -> np.ndarray:
-    codes = _crop(spec, group.columns[modality.columns[0]], rows, top, left)
-    labels = modality.label_table().astype(np.int8)[codes]
-    labels[~group.present[modality.name][rows]] = -1
-    return labels
+def _class_maps(spec: SampleSpec, m: Modality, pieces: Sequence[Piece], top: np.ndarray, left: np.ndarray) -> np.ndarray:
+    out = np.full((len(top), spec.image_size, spec.image_size), -1, np.int8)
+    labels = m.label_table().astype(np.int8)
+    for place, group, row, (codes,) in _crops(spec, m, pieces, top, left):
+        if group.present[m.name][row]:
+            out[place] = labels[codes]
+    return out
 
 
-def _vector(spec: SampleSpec, modality: Modality, group: RowGroup, rows: np.ndarray, *_: np.ndarray) -> np.ndarray:
-    return np.stack([group.columns[name][rows] for name in modality.columns], axis=1)
+_MAPS: dict[Kind, Callable[..., np.ndarray]] = {Kind.CONTINUOUS: _maps, Kind.CATEGORICAL: _class_maps}
 
 
-def _label(spec: SampleSpec, modality: Modality, group: RowGroup, rows: np.ndarray, *_: np.ndarray) -> np.ndarray:
-    labels = group.columns[modality.columns[0]][rows].astype(np.int16)
-    known = group.present[modality.name][rows] & (labels >= 0) & (labels < modality.width)
+def _vector(m: Modality, piece: Piece) -> np.ndarray:
+    return np.stack([piece.group.columns[name][piece.rows] for name in m.columns], axis=1)
+
+
+def _label(m: Modality, piece: Piece) -> np.ndarray:
+    labels = piece.group.columns[m.columns[0]][piece.rows].astype(np.int16)
+    known = piece.group.present[m.name][piece.rows] & (labels >= 0) & (labels < m.width)
     return np.where(known, labels, np.int16(-1))
 
 
-_LAYER: dict[tuple[Level, Kind], Callable[..., np.ndarray]] = {
-    (Level.PIXEL, Kind.CONTINUOUS): _map,
-    (Level.PIXEL, Kind.CATEGORICAL): _class_map,
-    (Level.IMAGE, Kind.CONTINUOUS): _vector,
-    (Level.IMAGE, Kind.CATEGORICAL): _label,
-}
+_VALUES: dict[Kind, Callable[[Modality, Piece], np.ndarray]] = {Kind.CONTINUOUS: _vector, Kind.CATEGORICAL: _label}
 
 
 def valid_counts(spec: SampleSpec, batch: Batch) -> np.ndarray:
@@ -130,25 +152,48 @@ def valid_mask(spec: SampleSpec, modality: Modality, batch: Batch) -> np.ndarray
     values = batch[modality.name]
     if modality.kind is Kind.CATEGORICAL:
         return values >= 0
-    usable = np.broadcast_to(batch[modality.present_column][:, None], values.shape[:2])
-    if modality.name in spec.known:
-        usable = usable & spec.known[modality.name][batch["product"]]
+    usable = _usable(spec, modality, batch)
     return modality.valid(values) & usable.reshape(*usable.shape, *(1,) * (values.ndim - 2))
 
 
+def _usable(spec: SampleSpec, modality: Modality, batch: Batch) -> np.ndarray:
+    """bool (B, C): bands of a continuous modality that the sample has and that have statistics."""
+    usable = np.broadcast_to(batch[modality.present_column][:, None], batch[modality.name].shape[:2])
+    return usable & spec.known[modality.name][batch["product"]] if modality.name in spec.known else usable
+
+
 def _count_hidden(spec: SampleSpec, modality: Modality, batch: Batch) -> np.ndarray:
-    valid = valid_mask(spec, modality, batch)
-    if spec.missing == "mean" and modality.kind is Kind.CONTINUOUS:
-        valid = np.ones_like(valid)
-    samples, p, side = len(valid), spec.patch_size, spec.image_size // spec.patch_size
-    bands = valid.size // (samples * spec.image_size**2)
-    if valid.all():
-        return np.full(samples, (spec.patches - spec.visible) * p * p * bands, np.int64)
-    blocks = valid.reshape(samples, bands, side, p, side, p)
-    per_patch = np.count_nonzero(blocks, axis=(1, 3, 5)).reshape(samples, spec.patches)
-    if modality.name in spec.normalise_targets:
-        per_patch = np.where(per_patch >= 2, per_patch, 0)
-    return np.take_along_axis(per_patch, batch["hidden"].astype(np.int64), axis=1).sum(1)
+    """One sample after the other, whose masks stay in the processor's cache."""
+    values, hidden = batch[modality.name], batch["hidden"]
+    continuous = modality.kind is Kind.CONTINUOUS
+    full = hidden.shape[1] * spec.patch_size**2
+    if continuous and spec.missing == "mean":
+        return np.full(len(values), full * values.shape[1], np.int64)
+    usable = _usable(spec, modality, batch) if continuous else None
+    counts = np.zeros(len(values), np.int64)
+    for sample, bands in enumerate(values):
+        if usable is None:
+            valid = (bands >= 0)[None]
+        elif usable[sample].all():
+            valid = modality.valid(bands)
+        else:
+            valid = modality.valid(bands[usable[sample]])
+        if valid.all():
+            counts[sample] = full * len(valid)
+        else:
+            per_patch = _per_patch(valid, spec.patch_size)
+            if modality.name in spec.normalise_targets:
+                per_patch[per_patch < 2] = 0
+            counts[sample] = per_patch[hidden[sample]].sum()
+    return counts
+
+
+def _per_patch(valid: np.ndarray, patch_size: int) -> np.ndarray:
+    """int64 (L,): valid elements of each patch, over all bands of a mask (C, h, w).  Columns of a patch fit into 8 bits."""
+    bands, height, width = valid.shape
+    rows, columns = height // patch_size, width // patch_size
+    strips = np.add.reduce(valid.view(np.uint8).reshape(bands, rows, patch_size, width), axis=2, dtype=np.uint8)
+    return strips.sum(0, dtype=np.int64).reshape(rows * columns, patch_size).sum(1)
 
 
 def _count_tile(spec: SampleSpec, modality: Modality, batch: Batch) -> np.ndarray:
@@ -177,10 +222,3 @@ def elements(spec: SampleSpec) -> np.ndarray:
 
 def _channels(modality: Modality) -> int:
     return 1 if modality.kind is Kind.CATEGORICAL else len(modality.bands)
-
-
-def concatenate(batches: list[Batch]) -> Batch:
-    """One batch from several, in order."""
-    if len(batches) == 1:
-        return batches[0]
-    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}

@@ -7,7 +7,7 @@ from pathlib import Path
 from mmearth_ray.errors import UsageError
 from mmearth_ray.shards.manifest import Manifest
 from mmearth_ray.stream.plan import Plan
-from mmearth_ray.stream.prepare import Batch, SampleSpec, concatenate, prepare
+from mmearth_ray.stream.prepare import Batch, Piece, SampleSpec, assemble
 from mmearth_ray.stream.reader import RowGroup, read_group
 from mmearth_ray.stream.select import NothingSelected, Selection, select
 
@@ -29,13 +29,13 @@ class Source:
         """One batch for each (start, stop) range of positions.  Adjacent ranges share the row group they both touch."""
         held: tuple[int, RowGroup] | None = None
         for start, stop in ranges:
-            parts = []
+            pieces = []
             for piece in self.plan.slices(start, stop):
                 if held is None or held[0] != piece.group:
                     held = (piece.group, self._read(piece.group))
                 rows = self.selection.rows_of(piece.group)[piece.first : piece.last]
-                parts.append(prepare(self.spec, held[1], rows, piece.epoch))
-            yield concatenate(parts)
+                pieces.append(Piece(held[1], rows, piece.epoch))
+            yield assemble(self.spec, pieces)
 
     def _read(self, group: int) -> RowGroup:
         path = self.directory / self.selection.files[self.selection.shard[group]]

@@ -9,7 +9,7 @@ import torch
 from mmearth_ray.modalities import TABLE, Kind, Level, Modality, get, tasks
 from mmearth_ray.model.mpmae import build_mpmae
 from mmearth_ray.objective import Objective
-from mmearth_ray.stream.prepare import Batch, SampleSpec, concatenate, draw, elements, prepare, valid_mask
+from mmearth_ray.stream.prepare import Batch, Piece, SampleSpec, assemble, draw, elements, prepare, valid_mask
 from mmearth_ray.stream.reader import RowGroup
 from mmearth_ray.train.loop import to_device
 
@@ -93,9 +93,7 @@ def test_box_and_mask_depend_on_seed_epoch_data_set_and_id_alone() -> None:
 def test_the_same_row_gives_the_same_arrays_in_any_batch() -> None:
     spec, group = make_spec(), make_group(12)
     whole = prepare(spec, group, np.arange(12), epoch=5)
-    parts = concatenate(
-        [prepare(spec, group, np.array(rows), epoch=5) for rows in ([0, 1, 2], [3], [4, 5, 6, 7, 8, 9, 10, 11])]
-    )
+    parts = assemble(spec, [Piece(group, np.array(rows), 5) for rows in ([0, 1, 2], [3], [4, 5, 6, 7, 8, 9, 10, 11])])
     assert whole.keys() == parts.keys()
     mixed = prepare(spec, group, np.array([9, 2, 2]), epoch=5)
     assert mixed["id"].tolist() == ["t9", "t2", "t2"]

@@ -11,7 +11,7 @@ from mmearth_ray.modalities import get
 from mmearth_ray.shards.manifest import Manifest, load_manifest
 from mmearth_ray.stream import source as source_module
 from mmearth_ray.stream.plan import MicroBatches
-from mmearth_ray.stream.prepare import Batch, SampleSpec, concatenate
+from mmearth_ray.stream.prepare import Batch, SampleSpec
 from mmearth_ray.stream.select import NothingSelected
 from mmearth_ray.stream.source import Source, open_source
 
@@ -41,7 +41,11 @@ def steps(source: Source, first: int, last: int, workers: int, micro_batch: int)
         batches = list(source.batches(ranges[i] for i in range(len(ranges))))
         assert [len(b["id"]) for b in batches] == [micro_batch] * len(ranges)
         by_rank.append([batches[i : i + ranges.per_step] for i in range(0, len(batches), ranges.per_step)])
-    return [concatenate([batch for mine in by_rank for batch in mine[step]]) for step in range(last - first + 1)]
+    return [joined([batch for mine in by_rank for batch in mine[step]]) for step in range(last - first + 1)]
+
+
+def joined(batches: list[Batch]) -> Batch:
+    return {name: np.concatenate([batch[name] for batch in batches]) for name in batches[0]}
 
 
 def assert_same(one: Batch, other: Batch) -> None:

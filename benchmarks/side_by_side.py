@@ -1,0 +1,154 @@
+"""Plain processes that train side by side, without Ray and without an engine: what an end-to-end run is compared with.
+
+Each has its own threads, a few batches of the run's own stream in memory, the run's objective and fused AdamW.  Bare processes
+share nothing; the others average gradients with DistributedDataParallel over gloo.
+"""
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from datetime import timedelta
+from itertools import cycle, islice
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+from torch.nn.parallel import DistributedDataParallel
+
+from mmearth_ray.config import Config, micro_batch_of
+from mmearth_ray.experiment import build_objective, open_experiment
+from mmearth_ray.stream.plan import MicroBatches
+from mmearth_ray.train.engine import parameter_groups
+from mmearth_ray.train.loop import to_device
+
+HELD = 4
+"""Batches that each process keeps in memory and goes through in turn."""
+
+LOST = timedelta(minutes=10)
+"""How long a process waits for the others."""
+
+
+@dataclass(frozen=True)
+class Pace:
+    """How fast processes trained: tiles per second of all together, CPU seconds per tile; bytes of gradients that each gave to
+    the all-reduce in a step, and bytes that crossed the loopback device meanwhile, for each process and step."""
+
+    tiles_per_second: float
+    cpu_per_tile: float
+    gradient_bytes: float
+    loopback_bytes: float
+
+
+def train(config: Config, *, threads: int, warm: int, steps: int, ddp: bool) -> Pace:
+    """Train `train.workers` processes at the same time for `steps` steps each, after `warm` that do not count."""
+    workers = config.train.workers
+    context = multiprocessing.get_context("spawn")
+    with TemporaryDirectory() as meeting, ProcessPoolExecutor(workers, mp_context=context) as pool:
+        store = str(Path(meeting) / "store")
+        runs = [pool.submit(_process, config, rank, store, threads, warm, steps, ddp) for rank in range(workers)]
+        paces = [run.result() for run in runs]
+    return Pace(
+        tiles_per_second=sum(pace.tiles_per_second for pace in paces),
+        cpu_per_tile=sum(pace.cpu_per_tile for pace in paces) / workers,
+        gradient_bytes=paces[0].gradient_bytes,
+        loopback_bytes=paces[0].loopback_bytes,
+    )
+
+
+def _process(config: Config, rank: int, store: str, threads: int, warm: int, steps: int, ddp: bool) -> Pace:
+    torch.set_num_threads(threads)
+    workers, size = config.train.workers, micro_batch_of(config)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=LOST)
+    sent: list[int] = []
+    step = _step(config, rank, _counting(sent) if ddp else None)
+    for _ in range(warm):
+        step()
+    dist.barrier()
+    sent.clear()
+    loopback = loopback_bytes()
+    begin, cpu = time.perf_counter(), time.process_time()
+    for _ in range(steps):
+        step()
+    took, cpu = time.perf_counter() - begin, time.process_time() - cpu
+    dist.barrier()
+    loopback = loopback_bytes() - loopback
+    dist.destroy_process_group()
+    return Pace(steps * size / took, cpu / (steps * size), sum(sent) / steps, loopback / workers / steps)
+
+
+def loopback_bytes() -> int:
+    """Bytes that processes of this machine have sent each other so far over IP (/proc/net/dev, Linux)."""
+    for line in Path("/proc/net/dev").read_text(encoding="utf-8").splitlines():
+        name, _, counters = line.partition(":")
+        if name.strip() == "lo":
+            return int(counters.split()[0])
+    return 0
+
+
+def time_all_reduces(workers: int, threads: int, sizes: list[int], repeats: int) -> list[float]:
+    """Seconds of an all-reduce of that many bytes of float32 over gloo, nothing else running: medians of the repeats."""
+    context = multiprocessing.get_context("spawn")
+    with TemporaryDirectory() as meeting, ProcessPoolExecutor(workers, mp_context=context) as pool:
+        store = str(Path(meeting) / "store")
+        runs = [pool.submit(_all_reduces, rank, workers, store, threads, sizes, repeats) for rank in range(workers)]
+        medians = [run.result() for run in runs]
+    return medians[0]
+
+
+def _all_reduces(rank: int, workers: int, store: str, threads: int, sizes: list[int], repeats: int) -> list[float]:
+    torch.set_num_threads(threads)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=LOST)
+    medians = []
+    for size in sizes:
+        values, took = torch.zeros(max(1, size // 4)), []
+        for _ in range(repeats + 1):
+            dist.barrier()
+            begin = time.perf_counter()
+            dist.all_reduce(values)
+            took.append(time.perf_counter() - begin)
+        medians.append(statistics.median(took[1:]))
+    dist.destroy_process_group()
+    return medians
+
+
+def _step(config: Config, rank: int, hook: Callable | None) -> Callable[[], None]:
+    """A function that makes one step: on gradients averaged with that hook, or without one on this process's own."""
+    experiment = open_experiment(config, Path(config.data.shards))
+    module: nn.Module = build_objective(experiment)
+    settings = config.optimizer
+    groups = parameter_groups(module, settings.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
+    if hook:
+        module = DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+        module.register_comm_hook(dist.group.WORLD, hook)
+    size = micro_batch_of(config)
+    ranges = MicroBatches(1, HELD, config.train.global_batch, config.train.workers, rank, size)
+    prepared = experiment.source.batches(ranges[number] for number in range(HELD))
+    batches = cycle([(to_device(b, torch.device("cpu")), torch.from_numpy(b["count"].sum(0))) for b in islice(prepared, HELD)])
+
+    def step() -> None:
+        batch, totals = next(batches)
+        module(batch, totals, 1.0)[0].backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+def _counting(sent: list[int]) -> Callable:
+    """DistributedDataParallel's own all-reduce, with the bytes of every bucket written down."""
+
+    def hook(
+        group: dist.ProcessGroup,
+        bucket: dist.GradBucket,  # pyright: ignore[reportPrivateImportUsage]
+    ) -> torch.futures.Future[torch.Tensor]:
+        sent.append(bucket.buffer().nbytes)
+        return allreduce_hook(group, bucket)
+
+    return hook
