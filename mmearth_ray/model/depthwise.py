@@ -21,6 +21,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 from torch.nn.grad import conv2d_weight
 
+from mmearth_ray.model.halo import LEAST_CELLS, Halos
+
 FAST_COLUMNS = 3
 
 
@@ -37,6 +39,14 @@ class Canvas:
         self.size = math.prod(self.shape)
         self.places = self._places(visible_BV, columns, columns + gap)
         self._sheets: dict[str, Tensor] = {}
+        self._halos = Halos(visible_BV, grid, cells, kernel) if cells >= LEAST_CELLS else None
+
+    def convolve(self, x_BVQQD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None, sheet: str) -> Tensor:
+        """The depthwise convolution with zeros at hidden cells and outside: (B, V, Q, Q, D) -> the same."""
+        if self._halos is not None:
+            return self._halos.convolve(x_BVQQD, weight_D1KK, bias_D)
+        map_BDHP = _convolve(_read(self.spread(x_BVQQD, sheet), self.shape, self.kernel), weight_D1KK, bias_D)
+        return self.collect(map_BDHP, x_BVQQD.shape)
 
     def _places(self, visible_BV: Tensor, columns: int, runs: int) -> Tensor:
         """Where each of the Q rows of each visible patch lies, counted in runs of Q cells: (B V Q,)."""
@@ -74,8 +84,7 @@ class PackedDepthwise(torch.autograd.Function):
     def forward(ctx: Any, x_BVQQD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None, canvas: Canvas) -> Tensor:
         ctx.save_for_backward(x_BVQQD, weight_D1KK)  # not the map: it is laid out again, and takes 2.5 times as much
         ctx.canvas, ctx.has_bias = canvas, bias_D is not None
-        map_BDHP = _convolve(_read(canvas.spread(x_BVQQD, "features"), canvas.shape, canvas.kernel), weight_D1KK, bias_D)
-        return canvas.collect(map_BDHP, x_BVQQD.shape)
+        return canvas.convolve(x_BVQQD, weight_D1KK, bias_D, "features")
 
     @staticmethod
     @once_differentiable
@@ -84,9 +93,9 @@ class PackedDepthwise(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor | None, None]:
         x_BVQQD, weight_D1KK = ctx.saved_tensors
         canvas: Canvas = ctx.canvas
-        grad_BDHP = _read(canvas.spread(grads[0], "gradient"), canvas.shape, canvas.kernel)
         # Cells where there is output are cells where there is input: the gradient is a convolution of the same kind.
-        d_x_BVQQD = canvas.collect(_convolve(grad_BDHP, weight_D1KK.flip(2, 3), None), x_BVQQD.shape)
+        d_x_BVQQD = canvas.convolve(grads[0], weight_D1KK.flip(2, 3), None, "gradient")
+        grad_BDHP = _read(canvas.spread(grads[0], "gradient"), canvas.shape, canvas.kernel)
         d_weight_D1KK = weight_gradient(canvas.spread(x_BVQQD, "features"), grad_BDHP, canvas.kernel)
         d_bias_D = grads[0].sum((0, 1, 2, 3)) if ctx.has_bias else None
         return d_x_BVQQD, d_weight_D1KK, d_bias_D, None
@@ -139,7 +148,9 @@ def weight_gradient(flat_ND: Tensor, grad_BDHP: Tensor, side: int) -> Tensor:
             padding=(side // 2, columns // 2), groups=channels,  # pyright: ignore[reportArgumentType]  (its hint is too narrow)
         )  # fmt: skip
         parts.append(part)
-    return torch.cat(parts, 3)
+    return (
+        torch.cat(parts, 3).flatten().view(channels, 1, side, side)
+    )  # with the strides of the weight, for DistributedDataParallel
 
 
 def column_groups(side: int) -> Iterator[tuple[int, int]]:
