@@ -87,6 +87,7 @@ class Train:
     gpus: bool | None = key(None, "one GPU per worker (nccl); default: if the cluster has enough")
     engine: str = key("ddp", "how workers share the model", among=("ddp",))
     precision: str = key("fp32", "of matrices and convolutions; bf16: autocast with float32 weights", among=("fp32", "bf16"))
+    compile: bool = key(False, "torch.compile, after a check that loss and gradients stay; takes minutes and a C++ compiler")
     fetch_every: int | None = key(None, "steps whose metrics leave the device together; default: 1 on a CPU, 10 on a GPU",
                                   at_least=1)  # fmt: skip
     averaging: str = key(

@@ -111,7 +111,7 @@ class PackedLayout:
 
     def convolve(self, image_BCHW: Tensor, weight_OCKK: Tensor, bias_O: Tensor | None) -> Tensor:
         windows_NPPC = self._windows(image_BCHW, halo=weight_OCKK.shape[-1] // 2)
-        x_NOPP = functional.conv2d(windows_NPPC.permute(0, 3, 1, 2), weight_OCKK, bias_O)
+        x_NOPP = functional.conv2d(windows_NPPC.permute(0, 3, 1, 2), _in_order(weight_OCKK), bias_O)
         return x_NOPP.permute(0, 2, 3, 1).unflatten(0, self.visible_BV.shape)
 
     def inside(self, x_BVQQD: Tensor, weight_ODKK: Tensor, bias_O: Tensor | None, groups: int) -> Tensor:
@@ -175,8 +175,13 @@ def _inside(x_BVQQD: Tensor, weight_ODKK: Tensor, bias_O: Tensor | None, groups:
         x_BVQQKKD = x_BVQQD.unflatten(3, (-1, side)).unflatten(2, (-1, side)).transpose(3, 4)
         return functional.linear(x_BVQQKKD.flatten(4), weight_ODKK.permute(0, 2, 3, 1).flatten(1), bias_O)
     x_NDQQ = x_BVQQD.flatten(0, 1).permute(0, 3, 1, 2)
-    x_NOQQ = functional.conv2d(x_NDQQ, weight_ODKK, bias_O, stride=side, groups=groups)
+    x_NOQQ = functional.conv2d(x_NDQQ, _in_order(weight_ODKK), bias_O, stride=side, groups=groups)
     return x_NOQQ.permute(0, 2, 3, 1).unflatten(0, x_BVQQD.shape[:2])
+
+
+def _in_order(weight_ODKK: Tensor) -> Tensor:
+    """The weight, whose gradient then has its strides and not channels-last ones, which DistributedDataParallel would copy."""
+    return weight_ODKK.flatten().view(weight_ODKK.shape)
 
 
 class ImageConv(nn.Conv2d):

@@ -27,7 +27,7 @@ from mmearth_ray.shards.schema import TileBlock
 from mmearth_ray.shards.write import ShardRecord, write_shard
 
 BUILDING = ".building"
-ROW_GROUP = 64
+ROW_GROUP = 32
 
 
 class TileSource(Protocol):

@@ -15,6 +15,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from mmearth_ray.config import Optimizer
 from mmearth_ray.objective import Objective
+from mmearth_ray.train.compiled import compile_checked
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -42,9 +43,13 @@ class DDPEngine:
     Weights, moments and gradients are float32; with the precision "bf16" matrices and convolutions run in bfloat16 (autocast).
     """
 
-    def __init__(self, module: Objective, settings: Optimizer, device: torch.device, precision: str = "fp32") -> None:
+    def __init__(
+        self, module: Objective, settings: Optimizer, device: torch.device, precision: str = "fp32", compiled: bool = False
+    ) -> None:
         self.module = module.to(device)
         self.device = device
+        self.precision = precision
+        self.to_compile = compiled
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
         self.healthy = torch.ones((), dtype=torch.bool, device=device)
         self.workers = dist.get_world_size() if dist.is_initialized() else 1
@@ -61,6 +66,9 @@ class DDPEngine:
 
     def backward(self, batch: dict[str, Tensor], totals: Tensor, share: float, *, last: bool) -> Tensor:
         """Add a micro-batch's gradients; on the step's last one they are summed over workers.  Returns sums (T,)."""
+        if self.to_compile:  # before DistributedDataParallel sees a first batch
+            self.to_compile = False
+            compile_checked(self.module, batch, totals, share, precision=self.precision, autocast=self.autocast)
         waits = nullcontext() if last or not isinstance(self.forward, DistributedDataParallel) else self.forward.no_sync()
         with waits:
             with self.autocast():
@@ -72,7 +80,7 @@ class DDPEngine:
     def evaluate(self, batch: dict[str, Tensor], totals: Tensor) -> Tensor:
         """Sums of errors per target (T,), on this worker alone."""
         with self.autocast():
-            return self.module(batch, totals, 1.0)[1]
+            return self.module.forward(batch, totals, 1.0)[1]  # not compiled: batches of any size come by
 
     def step(self, learning_rate: float) -> Tensor:
         """Apply the gradients and clear them, unless one is not finite now or was not earlier.

@@ -69,7 +69,9 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
     torch.set_num_threads(worker.threads)
     keep_freed_memory()
     config = experiment.config
-    engine = ENGINES[config.train.engine](build_objective(experiment), config.optimizer, worker.device, config.train.precision)
+    engine = ENGINES[config.train.engine](
+        build_objective(experiment), config.optimizer, worker.device, config.train.precision, config.train.compile
+    )
     done = _restore(experiment, engine)
     if engine.all_sum(torch.tensor([done])).item() != done * worker.workers:
         raise RuntimeError(f"workers found different newest checkpoints in {experiment.run} (this one step {done})")
