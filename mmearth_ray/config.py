@@ -88,8 +88,8 @@ class Train:
     engine: str = key("ddp", "how workers share the model", among=("ddp",))
     precision: str = key("fp32", "of matrices and convolutions; bf16: autocast with float32 weights", among=("fp32", "bf16"))
     compile: bool = key(False, "torch.compile, after a check that loss and gradients stay; takes minutes and a C++ compiler")
-    fetch_every: int | None = key(None, "steps whose metrics leave the device together; default: 1 on a CPU, 10 on a GPU",
-                                  at_least=1)  # fmt: skip
+    fetch_every: int | None = key(None, "steps whose metrics leave the device together, after which SIGTERM is heard; default: "
+                                  "1 on a CPU, 10 on a GPU", at_least=1)  # fmt: skip
     averaging: str = key(
         "global", "what a loss is the mean of: the global batch, or as published each worker's micro-batch",
         among=("global", "local"),

@@ -41,12 +41,15 @@ class Canvas:
         self._sheets: dict[str, Tensor] = {}
         self._halos = Halos(visible_BV, grid, cells, kernel) if cells >= LEAST_CELLS else None
 
-    def convolve(self, x_BVQQD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None, sheet: str) -> Tensor:
-        """The depthwise convolution with zeros at hidden cells and outside: (B, V, Q, Q, D) -> the same."""
+    def convolve(self, x_BVQQD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None, spread_ND: Tensor | None = None) -> Tensor:
+        """The depthwise convolution with zeros at hidden cells and outside: (B, V, Q, Q, D) -> the same.
+
+        Large patches go with their surroundings; for small ones a whole map is cheaper, which may be there already.
+        """
         if self._halos is not None:
             return self._halos.convolve(x_BVQQD, weight_D1KK, bias_D)
-        map_BDHP = _convolve(_read(self.spread(x_BVQQD, sheet), self.shape, self.kernel), weight_D1KK, bias_D)
-        return self.collect(map_BDHP, x_BVQQD.shape)
+        flat_ND = self.spread(x_BVQQD, "features") if spread_ND is None else spread_ND
+        return self.collect(_convolve(_read(flat_ND, self.shape, self.kernel), weight_D1KK, bias_D), x_BVQQD.shape)
 
     def _places(self, visible_BV: Tensor, columns: int, runs: int) -> Tensor:
         """Where each of the Q rows of each visible patch lies, counted in runs of Q cells: (B V Q,)."""
@@ -84,19 +87,23 @@ class PackedDepthwise(torch.autograd.Function):
     def forward(ctx: Any, x_BVQQD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None, canvas: Canvas) -> Tensor:
         ctx.save_for_backward(x_BVQQD, weight_D1KK)  # not the map: it is laid out again, and takes 2.5 times as much
         ctx.canvas, ctx.has_bias = canvas, bias_D is not None
-        return canvas.convolve(x_BVQQD, weight_D1KK, bias_D, "features")
+        return canvas.convolve(x_BVQQD, weight_D1KK, bias_D)
 
     @staticmethod
     @once_differentiable
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]  (the decorator hides the names)
         ctx: Any, *grads: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor | None, None]:
+    ) -> tuple[Tensor | None, Tensor | None, Tensor | None, None]:
         x_BVQQD, weight_D1KK = ctx.saved_tensors
         canvas: Canvas = ctx.canvas
-        # Cells where there is output are cells where there is input: the gradient is a convolution of the same kind.
-        d_x_BVQQD = canvas.convolve(grads[0], weight_D1KK.flip(2, 3), None, "gradient")
-        grad_BDHP = _read(canvas.spread(grads[0], "gradient"), canvas.shape, canvas.kernel)
-        d_weight_D1KK = weight_gradient(canvas.spread(x_BVQQD, "features"), grad_BDHP, canvas.kernel)
+        grad_ND = canvas.spread(grads[0], "gradient")
+        d_x_BVQQD = d_weight_D1KK = None
+        if ctx.needs_input_grad[0]:
+            # Cells where there is output are cells where there is input: the gradient is a convolution of the same kind.
+            d_x_BVQQD = canvas.convolve(grads[0], weight_D1KK.flip(2, 3), None, grad_ND)
+        if ctx.needs_input_grad[1]:
+            grad_BDHP = _read(grad_ND, canvas.shape, canvas.kernel)
+            d_weight_D1KK = weight_gradient(canvas.spread(x_BVQQD, "features"), grad_BDHP, canvas.kernel)
         d_bias_D = grads[0].sum((0, 1, 2, 3)) if ctx.has_bias else None
         return d_x_BVQQD, d_weight_D1KK, d_bias_D, None
 
@@ -148,9 +155,8 @@ def weight_gradient(flat_ND: Tensor, grad_BDHP: Tensor, side: int) -> Tensor:
             padding=(side // 2, columns // 2), groups=channels,  # pyright: ignore[reportArgumentType]  (its hint is too narrow)
         )  # fmt: skip
         parts.append(part)
-    return (
-        torch.cat(parts, 3).flatten().view(channels, 1, side, side)
-    )  # with the strides of the weight, for DistributedDataParallel
+    # With the strides of the weight, or DistributedDataParallel would copy it.
+    return torch.cat(parts, 3).flatten().view(channels, 1, side, side)
 
 
 def column_groups(side: int) -> Iterator[tuple[int, int]]:

@@ -20,9 +20,8 @@ class Halos:
     def __init__(self, visible_BV: Tensor, grid: tuple[int, int], cells: int, kernel: int) -> None:
         (rows, columns), halo, device = grid, kernel // 2, visible_BV.device
         self.cells, self.side = cells, cells + 2 * halo
-        runs = columns + -(
-            -halo // cells
-        )  # patches' widths from one row to the next: the margin behind a row is the next one's
+        # Patches' widths from one row of a map to the next: the margin behind a row is that before the next one.
+        runs = columns + -(-halo // cells)
         pitch, lines = runs * cells, rows * cells + halo
         self.first = halo * pitch + halo  # the first cell of the first image
         self.size = self.first + (len(visible_BV) * lines + halo) * pitch + halo

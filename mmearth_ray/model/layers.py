@@ -95,8 +95,8 @@ class DenseLayout:
 class PackedLayout:
     """Some patches of a grid of `grid` = (R, S) patches are visible: `visible_BV` holds their row-major indices.
 
-    Every image shows the same number of patches, so features need no padding.  For a depthwise convolution the visible
-    cells are spread into a zeroed map; a row of a block is contiguous there, so whole rows of Q cells move at once.
+    Every image shows the same number of patches, so features need no padding.  For a depthwise convolution on a GPU whole
+    rows of Q cells, contiguous in a block, are spread into a zeroed map; for one on a CPU see `Canvas`.
     """
 
     def __init__(self, visible_BV: Tensor, grid: tuple[int, int]) -> None:
@@ -133,7 +133,8 @@ class PackedLayout:
 
     def depthwise(self, x_BVQQD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None) -> Tensor:
         if x_BVQQD.device.type == "cpu":
-            canvas = self._canvas(x_BVQQD.shape[2], weight_D1KK.shape[-1])
+            key = x_BVQQD.shape[2], weight_D1KK.shape[-1]
+            canvas = self._canvases.get(key) or self._canvases.setdefault(key, Canvas(self.visible_BV, self.grid, *key))
             return PackedDepthwise.apply(*as_autocast(x_BVQQD, weight_D1KK, bias_D), canvas)  # type: ignore[return-value]
         (rows, columns), (batch, _, cells, _, channels) = self.grid, x_BVQQD.shape
         places, total = self._row_places(cells), batch * rows * cells * columns
@@ -142,11 +143,6 @@ class PackedLayout:
         map_BHWD = _depthwise(map_BHWD, weight_D1KK, bias_D)
         out_NK: Tensor = _Collect.apply(map_BHWD.reshape(total, -1), places)  # type: ignore[assignment]
         return out_NK.view_as(x_BVQQD)
-
-    def _canvas(self, cells: int, kernel: int) -> Canvas:
-        if (cells, kernel) not in self._canvases:
-            self._canvases[cells, kernel] = Canvas(self.visible_BV, self.grid, cells, kernel)
-        return self._canvases[cells, kernel]
 
     def _row_places(self, cells: int) -> Tensor:
         """Where each of the `cells` rows of each block lies in a map of (B, R, cells, S) rows: (B V cells,)."""
@@ -180,7 +176,7 @@ def _inside(x_BVQQD: Tensor, weight_ODKK: Tensor, bias_O: Tensor | None, groups:
 
 
 def _in_order(weight_ODKK: Tensor) -> Tensor:
-    """The weight, whose gradient then has its strides and not channels-last ones, which DistributedDataParallel would copy."""
+    """The weight, so that its gradient has its strides: DistributedDataParallel would copy a channels-last one."""
     return weight_ODKK.flatten().view(weight_ODKK.shape)
 
 
@@ -215,10 +211,14 @@ class BlockConv(nn.Conv2d):
 
 
 class LayerNorm(nn.LayerNorm):
-    """LayerNorm over channels, the last dimension, with the eps that ConvNeXt uses everywhere."""
+    """LayerNorm over channels, the last dimension, with the eps that ConvNeXt uses everywhere; float32 under autocast."""
 
     def __init__(self, channels: int) -> None:
         super().__init__(channels, eps=EPS)
+
+    def forward(self, input: Tensor) -> Tensor:  # on a GPU autocast does the same by itself
+        low = input.device.type == "cpu" and torch.is_autocast_enabled("cpu")
+        return super().forward(input.float() if low else input)
 
 
 class _GlobalResponse(torch.autograd.Function):

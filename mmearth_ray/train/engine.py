@@ -4,6 +4,7 @@ Gradients are sums over workers and micro-batches, because every loss is already
 holds; DistributedDataParallel averages, which is undone by scaling the loss with the number of workers.
 """
 
+import inspect
 from contextlib import nullcontext
 from functools import partial
 from typing import Any
@@ -37,6 +38,20 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     ]
 
 
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """The tensor on the device; the host waits for nothing, which takes pinned memory."""
+    if device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
+
+
+def ddp(module: nn.Module, **options: Any) -> DistributedDataParallel:
+    """The module, its gradients averaged over all processes.  Buffers stay what each process made them."""
+    named = inspect.signature(DistributedDataParallel.__init__).parameters
+    buffers = "forward_sync_buffers" if "forward_sync_buffers" in named else "broadcast_buffers"  # renamed in PyTorch 2.13
+    return DistributedDataParallel(module, gradient_as_bucket_view=True, **{buffers: False}, **options)
+
+
 class DDPEngine:
     """Every worker holds the whole model; gradients are all-reduced while the backward pass runs.
 
@@ -60,9 +75,7 @@ class DDPEngine:
         self.forward: nn.Module = self.module
         if self.workers > 1:
             devices = [device.index] if device.type == "cuda" else None
-            self.forward = DistributedDataParallel(
-                self.module, device_ids=devices, gradient_as_bucket_view=True, broadcast_buffers=False
-            )
+            self.forward = ddp(self.module, device_ids=devices)
 
     def backward(self, batch: dict[str, Tensor], totals: Tensor, share: float, *, last: bool) -> Tensor:
         """Add a micro-batch's gradients; on the step's last one they are summed over workers.  Returns sums (T,)."""
@@ -101,7 +114,7 @@ class DDPEngine:
 
     def all_sum(self, values: Tensor) -> Tensor:
         """The sum over workers, on the device."""
-        held = values.to(self.device, copy=True)
+        held = send(values, self.device).clone()
         if self.workers > 1:
             dist.all_reduce(held)
         return held

@@ -25,8 +25,7 @@ from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.stream.prepare import Batch
 from mmearth_ray.stream.source import Source
 from mmearth_ray.train import checkpoint
-from mmearth_ray.train.allocator import keep_freed_memory
-from mmearth_ray.train.engine import ENGINES, DDPEngine
+from mmearth_ray.train.engine import ENGINES, DDPEngine, send
 from mmearth_ray.train.initial import load_initial
 from mmearth_ray.train.journal import METRICS, Journal, cut_back, ledger_path
 from mmearth_ray.train.outputs import description_of, draw_reconstructions, export_model
@@ -67,7 +66,6 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
     Raises DataError if the data are damaged, the disk is full or the loss is no longer finite.
     """
     torch.set_num_threads(worker.threads)
-    keep_freed_memory()
     config = experiment.config
     engine = ENGINES[config.train.engine](
         build_objective(experiment), config.optimizer, worker.device, config.train.precision, config.train.compile
@@ -100,8 +98,12 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
             if not _is_due(experiment, step, worker.device):
                 continue
             sums, stop = fetch(window.found, engine, control.should_stop() if worker.rank == 0 else False)
-            _check_applied(experiment, window, sums)
             entries = window.entries(experiment, sums, time.perf_counter())
+            fine = _finite_steps(sums)
+            if fine < len(sums):
+                for entry in entries[:fine] if metrics else ():
+                    metrics.write(entry)  # pyright: ignore[reportOptionalMemberAccess]
+                raise DataError(_not_finite(experiment, entries[fine]["step"], sums[fine]))
             if experiment.held_out and (step % config.validate.every == 0 or step == experiment.steps):
                 entries[-1]["validation"] = validate(experiment, engine, worker, experiment.held_out)
             if metrics:
@@ -140,13 +142,13 @@ def _step(engine: DDPEngine, batches: list[Batch], worker: Worker, rate: float, 
     Errors are divided by the valid elements of the global batch or, as published, by the micro-batch's own (`local`).
     A gradient that is not finite leaves the weights as they are, at this step and at all later ones.
     """
-    mine = [torch.from_numpy(batch["count"].sum(0)) for batch in batches]
+    mine = [send(torch.from_numpy(batch["count"].sum(0)), engine.device) for batch in batches]
     totals = engine.all_sum(torch.stack(mine).sum(0))
     share = 1.0 / (worker.workers * len(batches))
     errors = torch.zeros(len(totals), dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(batches, 1):
         tensors = to_device(batch, engine.device)
-        divisors = mine[number - 1].to(engine.device) / share if local else totals
+        divisors = mine[number - 1] / share if local else totals
         errors += engine.backward(tensors, divisors, share, last=number == len(batches)).double()
     log_variances = engine.module.log_variances
     weighed_with = None if log_variances is None else log_variances.detach().clone()
@@ -154,11 +156,9 @@ def _step(engine: DDPEngine, batches: list[Batch], worker: Worker, rate: float, 
     return Found(errors, totals, weighed_with, engine.step(rate), tiles)
 
 
-def _check_applied(experiment: Experiment, window: Window, sums: list[Sums]) -> None:
-    """Raise DataError, naming the first step of the window whose loss or gradient was not finite."""
-    for note, s in zip(window.notes, sums, strict=True):
-        if not s.applied or not np.isfinite(s.loss):
-            raise DataError(_not_finite(experiment, note["step"], s))
+def _finite_steps(sums: list[Sums]) -> int:
+    """How many steps of a window, from its first, had a finite loss and finite gradients."""
+    return next((n for n, s in enumerate(sums) if not s.applied or not np.isfinite(s.loss)), len(sums))
 
 
 def _not_finite(experiment: Experiment, step: int, sums: Sums) -> str:
@@ -191,10 +191,7 @@ def validate(experiment: Experiment, engine: DDPEngine, worker: Worker, held_out
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """The batch's numeric arrays as tensors, in their native types."""
     arrays = {name: array for name, array in batch.items() if array.dtype.kind in "buif"}
-    held = {name: torch.from_numpy(array) for name, array in arrays.items()}
-    if device.type == "cuda":  # only from pinned memory does a copy run beside the device's work
-        held = {name: tensor.pin_memory() for name, tensor in held.items()}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in held.items()}
+    return {name: send(torch.from_numpy(array), device) for name, array in arrays.items()}
 
 
 def _learning_rate(experiment: Experiment, step: int) -> float:

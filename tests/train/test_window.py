@@ -81,3 +81,11 @@ def test_bf16_keeps_float32_weights_and_loses_little(shards: Path, tmp_path: Pat
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=2e-2)
     assert low[-1]["validation"]["loss"] == pytest.approx(exact[-1]["validation"]["loss"], rel=2e-2)
     assert {weight.dtype for weight in _weights(tmp_path / "bf16").values()} == {torch.float32}
+
+
+def test_steps_before_the_one_that_was_not_finite_are_written_down(shards: Path, tmp_path: Path) -> None:
+    arguments = ("optimizer.lr=1e18", "schedule.warmup_fraction=0", "train.steps=12", "train.fetch_every=6")
+    with pytest.raises(DataError, match="the loss of step 2 is not finite"):
+        run(open_experiment(settings(shards, tmp_path, *arguments), shards), Worker(0, 1, torch.device("cpu"), 1), local_stream,
+            Quiet())  # fmt: skip
+    assert [entry["step"] for entry in metrics(tmp_path)] == [1]
