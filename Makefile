@@ -1,7 +1,8 @@
 # Everything a fresh machine needs: Python 3.11 to 3.13, make and gcc.  The first target that needs the environment makes it.
 #   make pretrain   install, then pretrain on the embedded data set     make test     the test suite (3 minutes)
 #   make lint       ruff and pyright                                    make drills   kill, hang and restart real processes
-#   make bench      measure training steps, then compare their ratios with the committed ones (8 minutes on two cores)
+#   make bench      measure training steps, then compare their ratios with the committed ones (8 minutes on two cores);
+#                   in bf16 as well where the processor multiplies it, or as PRECISIONS=fp32,bf16 says
 #   make bench-gpu  the same on a GPU; PYTHON=python3 takes that Python as it is, with PyTorch, NumPy and PyArrow
 #   make lock       write the lock file from .venv
 #   make minkowski  build MinkowskiEngine for model.backend=minkowski (needs g++; minutes)
@@ -46,9 +47,12 @@ drills: $(STAMP)
 drills-quick: $(STAMP)
 	$(PY) -m pytest -q -m "drill and not long"
 
+PRECISIONS ?= $(shell grep -qw -e avx512_bf16 -e amx_bf16 /proc/cpuinfo 2>/dev/null && echo fp32,bf16 || echo fp32)
+
 bench: $(STAMP)
-	$(PY) -m benchmarks.bench_step rounds=4
-	$(PY) -m benchmarks.bench_step theme=step_large sizes=[tiny,base] shapes=[112/16] batch=[4,2] rounds=2 against=[plain]
+	$(PY) -m benchmarks.bench_step rounds=4 precisions=[$(PRECISIONS)]
+	$(PY) -m benchmarks.bench_step theme=step_large sizes=[tiny,base] shapes=[112/16] batch=[4,2] rounds=2 against=[plain] \
+		precisions=[$(PRECISIONS)]
 	$(PY) -m benchmarks.gate
 
 # A Python given by hand is used as it is: nothing is installed.

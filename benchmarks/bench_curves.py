@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from benchmarks.plain import Plain
 from benchmarks.record import circumstances, write
+from benchmarks.shapes import parse_shape
 from mmearth_ray import config as configuration
 from mmearth_ray import settings
 from mmearth_ray.config import Config, learning_rate_of
@@ -44,6 +45,7 @@ class Options:
     steps: int = key(300, "training steps", at_least=SMOOTH)
     batch: int = key(16, "tiles per step", at_least=2)
     precision: str = key("fp32", "of the optimised run; the noise of bf16 is its own", among=("fp32", "bf16"))
+    theme: str = key("curves", "first part of the result's name")
     save: bool = key(True, "write the result to benchmarks/results/")
 
 
@@ -96,21 +98,23 @@ def main(arguments: list[str]) -> int:
         print(f"{__doc__}\n{settings.help_text(Options)}")
         return 0
     options = settings.load(Options, [], arguments)
+    image, patch = parse_shape(options.shape, "shape")
     about = circumstances("benchmarks.bench_curves")
-    curves = train(options)
-    row = compare(curves)
+    curves = train(options, image, patch)
+    named = {"size": options.size, "image/patch": options.shape, "batch": options.batch, "precision": options.precision}
+    row = named | compare(curves)
     print(row)
     if options.save:
-        path = write("curves", about, [row | {"size": options.size, "image/patch": options.shape, "batch": options.batch}])
+        path = write(options.theme, about, [row])
         figure = path.with_suffix(".png")
         draw(curves, figure)
         print(f"written to {path} and {figure}")
     return 0 if row["within the noise"] == "yes" or options.precision == "bf16" else 1
 
 
-def train(options: Options) -> dict[str, np.ndarray]:
+def train(options: Options, image: int, patch: int) -> dict[str, np.ndarray]:
     """The losses of every step, by run."""
-    config = _config(options)
+    config = _config(options, image, patch)
     experiment = open_experiment(config, shards_of(config))
     objective = build_objective(experiment)
     runs = {
@@ -130,8 +134,7 @@ def train(options: Options) -> dict[str, np.ndarray]:
     return {name: np.array(run.losses) for name, run in runs.items()}
 
 
-def _config(options: Options) -> Config:
-    image, _, patch = options.shape.partition("/")
+def _config(options: Options, image: int, patch: int) -> Config:
     return configuration.load([
         f"data.shards={options.data}", f"model.size={options.size}", f"model.image_size={image}", f"model.patch_size={patch}",
         "model.missing=mean", f"train.steps={options.steps}", f"train.global_batch={options.batch}",

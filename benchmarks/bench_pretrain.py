@@ -54,6 +54,7 @@ class Round:
     bare: Pace
     ddp: Pace
     run: Passage
+    precision: str = "fp32"
 
 
 def main(arguments: list[str]) -> int:
@@ -96,7 +97,8 @@ def measure(options: Options, image: int, patch: int, tile: int) -> list[Round]:
             pace = {"threads": threads_of(options.workers), "warm": options.warm, "steps": options.steps}
             bare, ddp = (train(config, **pace, ddp=together) for together in (False, True))
             tiles = options.workers * options.batch
-            rounds.append(Round(bare, ddp, watch(arguments, run, tiles=tiles, warm=options.warm, steps=options.steps)))
+            passage = watch(arguments, run, tiles=tiles, warm=options.warm, steps=options.steps)
+            rounds.append(Round(bare, ddp, passage, config.train.precision))
             print(f"{image}/{patch}, round {number + 1}: {bare.tiles_per_second:.1f} tiles/s bare, "
                   f"{ddp.tiles_per_second:.1f} DDP, {rounds[-1].run.tiles_per_second:.1f} end to end", flush=True)  # fmt: skip
     return rounds
@@ -136,6 +138,7 @@ def summary(options: Options, shape: tuple[int, int, int], rounds: list[Round]) 
     return {
         "size": options.size, "image/patch/tile": "/".join(map(str, shape)),
         "workers x threads": f"{options.workers} x {threads_of(options.workers)}", "batch per worker": options.batch,
+        "precision": rounds[0].precision,
         "compression": options.compression if not options.data else "as given",
         "bare tiles/s": middle("bare"), "DDP tiles/s": middle("ddp"), "end to end tiles/s": middle("run"),
         "end to end / bare": ratio("run", "bare"), "end to end / DDP": ratio("run", "ddp"), "DDP / bare": ratio("ddp", "bare"),

@@ -16,7 +16,6 @@ Runs where there is only PyTorch, NumPy and PyArrow; on a GPU where there is one
 """
 
 import itertools
-import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -42,10 +41,11 @@ from benchmarks.memory import allow_tf32, in_fresh_process
 from benchmarks.parts import operators, time_parts
 from benchmarks.record import Row, circumstances, table, write
 from benchmarks.roofline import PRECISIONS, Peaks, Precision, bounds, measure_peaks, rows_of, total
+from benchmarks.shapes import parse_shape
 from benchmarks.timing import Laps, Stopwatch, ratio, seconds, take_turns
 from mmearth_ray import settings
 from mmearth_ray.errors import DataError, UsageError, run_command
-from mmearth_ray.model.encoder import BACKENDS, SIZES, Backend, check_image_size, check_patch_size
+from mmearth_ray.model.encoder import BACKENDS, SIZES, Backend
 from mmearth_ray.model.flops import count, layers, shape_of
 from mmearth_ray.settings import key
 
@@ -119,23 +119,12 @@ def _check(options: Options) -> None:
     if options.largest and not torch.cuda.is_available():
         raise UsageError("largest=true needs a GPU, and PyTorch sees none")
     for shape in options.shapes:
-        if not re.fullmatch(r"[0-9]+/[0-9]+", shape):
-            raise UsageError(f"shapes={shape}: must be IMAGE/PATCH in px, such as 56/8")
-        try:
-            check_patch_size(_sides(shape)[1])
-            check_image_size(_sides(shape)[:1], _sides(shape)[1])
-        except ValueError as error:
-            raise UsageError(f"shapes={shape}: {error}") from error
-
-
-def _sides(shape: str) -> tuple[int, int]:
-    image, _, patch = shape.partition("/")
-    return int(image), int(patch)
+        parse_shape(shape)
 
 
 def measure(options: Options, size: str, shape: str, device: torch.device, peaks: Peaks) -> dict[str, list[Row]]:
     """The tables of one size and shape: steps, and what else was asked for."""
-    subject = make_subject(size, *_sides(shape), options.batch_of(size), device)
+    subject = make_subject(size, *parse_shape(shape), options.batch_of(size), device)
     named = {"size": size, "image/patch": shape, "batch": subject.tiles}
     works, reasons = _runnable(_works(options, subject))
     laps = take_turns(works, options.rounds, device)

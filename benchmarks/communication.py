@@ -84,11 +84,6 @@ def round_seconds(size: float, machine: Machine) -> float:
     return ring_round(size, inside, machine.within) + ring_round(size / inside, machine.nodes, machine.between)
 
 
-def all_reduce(size: float, machine: Machine) -> float:
-    """Seconds of an all-reduce, which is a reduce-scatter and an all-gather."""
-    return 2 * round_seconds(size, machine)
-
-
 def sent_seconds(size: float, machine: Machine) -> float:
     """Seconds of a reduce-scatter or an all-gather bucket by bucket, each of which waits for every turn."""
     buckets = max(1, math.ceil(size / BUCKET_BYTES))

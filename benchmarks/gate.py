@@ -4,11 +4,12 @@
 
 For every theme and kind of hardware in benchmarks/results/ the newest result that differs from what is committed is compared
 with the newest committed one.  Only ratios count, as they were measured side by side; rates depend on the day.  A ratio that is
-worse by more than the tolerance fails the gate.  Rows are told apart by their texts and whole numbers (what was measured, on
-what); numbers with a point are what was measured.
+worse by more than the tolerance fails the gate, and so does one that a row had and has no longer.  Rows are told apart by
+their texts and whole numbers (what was measured, on what); numbers with a point are what was measured.
 """
 
 import json
+import math
 import re
 import subprocess
 import sys
@@ -28,6 +29,11 @@ RATIOS = {
     "memory of plain": False,
     "times as long as packed": True,
     "times packed": True,
+    "end to end / bare": True,
+    "end to end / DDP": True,
+    "DDP / bare": True,
+    "of bare processes": True,
+    "efficiency against 1": True,
 }
 """Columns that are ratios, and whether more is better."""
 
@@ -44,15 +50,16 @@ class Options:
 
 @dataclass(frozen=True)
 class Regression:
-    """A ratio that is worse than allowed: more than `allowed` where less is better, less where more is."""
+    """A ratio that is worse than allowed, more than `allowed` where less is better, less where more is; or missing now."""
 
     name: str
     before: float
-    now: float
+    now: float | None
     allowed: float
 
     def __str__(self) -> str:
-        return f"{self.name}: before {self.before:.3g}, now {self.now:.3g}, allowed {self.allowed:.3g}"
+        now = "missing" if self.now is None else f"{self.now:.3g}"
+        return f"{self.name}: before {self.before:.3g}, now {now}, allowed {self.allowed:.3g}"
 
 
 def main(arguments: list[str]) -> int:
@@ -60,8 +67,11 @@ def main(arguments: list[str]) -> int:
         print(f"{__doc__}\n{settings.help_text(Options)}")
         return 0
     options = settings.load(Options, [], arguments)
-    failed = False
-    for series, fresh, committed in pairs(Path(options.results)):
+    folder, failed = Path(options.results), False
+    if not _in_git(folder):
+        print(f"skipped, {folder} is in no git repository: there is nothing to compare with")
+        return 0
+    for series, fresh, committed in pairs(folder):
         reason = why_not(fresh, committed)
         if reason or fresh is None or committed is None:
             print(f"{series}: skipped, {reason}")
@@ -74,24 +84,29 @@ def main(arguments: list[str]) -> int:
 
 
 def regressions(before: Sequence[Result], now: Sequence[Result], tolerance: float) -> list[Regression]:
-    """Ratios of rows that both results have, worse now by more than the tolerance."""
+    """Ratios of rows that both results have, missing now or worse by more than the tolerance."""
     found = []
     for name, better_up, old, new in _ratios(before, now):
         allowed = old * (1 - tolerance) if better_up else old * (1 + tolerance)
-        if (new < allowed) if better_up else (new > allowed):
+        if new is None or ((new < allowed) if better_up else (new > allowed)):
             found.append(Regression(name, old, new, allowed))
     return found
 
 
-def _ratios(before: Sequence[Result], now: Sequence[Result]) -> Iterator[tuple[str, bool, float, float]]:
-    """Every ratio that both have: its name, whether more is better, its value before and now."""
+def _ratios(before: Sequence[Result], now: Sequence[Result]) -> Iterator[tuple[str, bool, float, float | None]]:
+    """Every ratio that a row of both had before: its name, whether more is better, its value before and now."""
     old = {_identity(row): row for row in before}
     for row in now:
         known = old.get(_identity(row), {})
         for column, better_up in RATIOS.items():
-            a, b = known.get(column), row.get(column)
-            if isinstance(a, int | float) and isinstance(b, int | float):
+            a, b = _number(known.get(column)), _number(row.get(column))
+            if a is not None:
                 yield f"{' '.join(map(str, _identity(row)))}, {column}", better_up, a, b
+
+
+def _number(value: Any) -> float | None:
+    """The value if it is a finite number; a ratio that is not has not been measured."""
+    return value if isinstance(value, int | float) and math.isfinite(value) else None
 
 
 def _identity(row: Result) -> tuple[Any, ...]:
@@ -107,8 +122,10 @@ def why_not(fresh: Result | None, committed: Result | None) -> str:
     before, now = committed["about"].get("device"), fresh["about"].get("device")
     if before != now:
         return f"it was measured on {now}, the committed one on {before}"
+    if not {_identity(row) for row in committed["rows"]} & {_identity(row) for row in fresh["rows"]}:
+        return "they have no row in common"
     if not list(_ratios(committed["rows"], fresh["rows"])):
-        return "they have no ratio of the same rows in common"
+        return "the rows they have in common have no known column of ratios in the committed one"
     return ""
 
 
@@ -132,6 +149,10 @@ def _newest(series: str, texts: Mapping[str, str]) -> Result | None:
         return found if isinstance(found, dict) and {"about", "rows"} <= found.keys() else None
     except json.JSONDecodeError as error:
         raise DataError(f"the result {names[-1]} is not JSON: {error}") from error
+
+
+def _in_git(folder: Path) -> bool:
+    return any((parent / ".git").exists() for parent in (folder.resolve(), *folder.resolve().parents))
 
 
 def _git(folder: Path, *arguments: str) -> str:

@@ -64,12 +64,16 @@ def measure(options: Options) -> int:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     allow_tf32(options.tf32)
     work = _work(options, device)
+    return peak_of_steps(work, device, options.steps)
+
+
+def peak_of_steps(work: Work, device: torch.device, steps: int) -> int:
+    """Bytes that the steps need, the first of this process: on a CPU its peak so far less what it held just before them, on a
+    GPU the most that PyTorch had allocated."""
     before = _status("VmRSS") if device.type == "cpu" else 0
-    for _ in range(options.steps):
+    for _ in range(steps):
         work(Stopwatch(device))
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return _status("VmHWM") - before
+    return _status("VmHWM") - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
 
 
 def _work(options: Options, device: torch.device) -> Work:

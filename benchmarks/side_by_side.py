@@ -1,14 +1,17 @@
 """Plain processes that train side by side, without Ray and without an engine: what an end-to-end run is compared with.
 
-Each has its own threads, a few batches of the run's own stream in memory, the run's objective and fused AdamW.  Bare processes
-share nothing; the others average gradients with DistributedDataParallel over gloo.
+Each has its own threads, a few batches of the run's own stream in memory, the run's objective, precision and fused AdamW, and
+the allocator's settings of train workers.  Bare processes share nothing; the others average gradients with
+DistributedDataParallel over gloo.
 """
 
 import multiprocessing
+import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from itertools import cycle, islice
@@ -19,11 +22,12 @@ import torch
 import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
-from torch.nn.parallel import DistributedDataParallel
 
 from mmearth_ray.config import Config, micro_batch_of
 from mmearth_ray.experiment import build_objective, open_experiment
 from mmearth_ray.stream.plan import MicroBatches
+from mmearth_ray.train.allocator import KEEP_FREED_MEMORY
+from mmearth_ray.train.engine import ddp as share_gradients
 from mmearth_ray.train.engine import parameter_groups
 from mmearth_ray.train.loop import to_device
 
@@ -48,9 +52,7 @@ class Pace:
 def train(config: Config, *, threads: int, warm: int, steps: int, ddp: bool) -> Pace:
     """Train `train.workers` processes at the same time for `steps` steps each, after `warm` that do not count."""
     workers = config.train.workers
-    context = multiprocessing.get_context("spawn")
-    with TemporaryDirectory() as meeting, ProcessPoolExecutor(workers, mp_context=context) as pool:
-        store = str(Path(meeting) / "store")
+    with _processes(workers) as (pool, store):
         runs = [pool.submit(_process, config, rank, store, threads, warm, steps, ddp) for rank in range(workers)]
         paces = [run.result() for run in runs]
     return Pace(
@@ -59,6 +61,33 @@ def train(config: Config, *, threads: int, warm: int, steps: int, ddp: bool) -> 
         gradient_bytes=paces[0].gradient_bytes,
         loopback_bytes=paces[0].loopback_bytes,
     )
+
+
+@contextmanager
+def _processes(workers: int) -> Iterator[tuple[ProcessPoolExecutor, str]]:
+    """New processes, one for each task, with the allocator's settings of train workers; and a file where they meet."""
+    context = multiprocessing.get_context("spawn")
+    with (
+        TemporaryDirectory() as meeting,
+        _environment(KEEP_FREED_MEMORY),
+        ProcessPoolExecutor(workers, mp_context=context) as pool,
+    ):
+        yield pool, str(Path(meeting) / "store")
+
+
+@contextmanager
+def _environment(variables: Mapping[str, str]) -> Iterator[None]:
+    """The environment of processes that start meanwhile; this one's is as before in the end."""
+    before = {name: os.environ.get(name) for name in variables}
+    os.environ.update(variables)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                os.environ.pop(name, None)
+            else:
+                os.environ[name] = value
 
 
 def _process(config: Config, rank: int, store: str, threads: int, warm: int, steps: int, ddp: bool) -> Pace:
@@ -93,9 +122,7 @@ def loopback_bytes() -> int:
 
 def time_all_reduces(workers: int, threads: int, sizes: list[int], repeats: int) -> list[float]:
     """Seconds of an all-reduce of that many bytes of float32 over gloo, nothing else running: medians of the repeats."""
-    context = multiprocessing.get_context("spawn")
-    with TemporaryDirectory() as meeting, ProcessPoolExecutor(workers, mp_context=context) as pool:
-        store = str(Path(meeting) / "store")
+    with _processes(workers) as (pool, store):
         runs = [pool.submit(_all_reduces, rank, workers, store, threads, sizes, repeats) for rank in range(workers)]
         medians = [run.result() for run in runs]
     return medians[0]
@@ -125,7 +152,7 @@ def _step(config: Config, rank: int, hook: Callable | None) -> Callable[[], None
     groups = parameter_groups(module, settings.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=1e-4, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True)
     if hook:
-        module = DistributedDataParallel(module, gradient_as_bucket_view=True, broadcast_buffers=False)
+        module = share_gradients(module)
         module.register_comm_hook(dist.group.WORLD, hook)
     size = micro_batch_of(config)
     ranges = MicroBatches(1, HELD, config.train.global_batch, config.train.workers, rank, size)
@@ -134,7 +161,9 @@ def _step(config: Config, rank: int, hook: Callable | None) -> Callable[[], None
 
     def step() -> None:
         batch, totals = next(batches)
-        module(batch, totals, 1.0)[0].backward()
+        with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
+            loss = module(batch, totals, 1.0)[0]
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 

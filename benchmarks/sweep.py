@@ -20,11 +20,12 @@ import torch
 
 from benchmarks.record import circumstances
 from benchmarks.roofline import PRECISIONS, Precision
+from benchmarks.shapes import parse_shape
 from benchmarks.sweep_point import Measurement, Point
 from benchmarks.sweep_store import Record, Store, read_all
 from mmearth_ray import settings
 from mmearth_ray.errors import DataError, UsageError, run_command
-from mmearth_ray.model.encoder import BACKENDS, SIZES, Backend, check_image_size, check_patch_size, sparse_layout
+from mmearth_ray.model.encoder import BACKENDS, SIZES, Backend, sparse_layout
 from mmearth_ray.progress import counted
 from mmearth_ray.settings import key
 
@@ -91,19 +92,6 @@ def plan(options: Options) -> list[Point]:
         for batch in options.batches or [BATCHES[size]]
     ]
     return list(dict.fromkeys(points))
-
-
-def parse_shape(text: str) -> tuple[int, int]:
-    """Image and patch size in px.  Raises UsageError unless the image is whole patches of a size that the encoder takes."""
-    image, slash, patch = text.partition("/")
-    if not (slash and image.isdecimal() and patch.isdecimal()):
-        raise UsageError(f"shapes={text}: must be IMAGE/PATCH in pixels, such as 112/16")
-    try:
-        check_patch_size(int(patch))
-        check_image_size((int(image),), int(patch))
-    except ValueError as error:
-        raise UsageError(f"shapes={text}: {error}") from error
-    return int(image), int(patch)
 
 
 def complete(points: Sequence[Point], store: Store, about: dict[str, Any], run: Run) -> list[Record]:

@@ -1,12 +1,11 @@
 """One point of a sweep: what a training step of one model costs, measured in the process that calls."""
 
-import resource
-import sys
 from dataclasses import dataclass
 
 import torch
 
 from benchmarks.computations import Subject, Work, make_subject, our_step
+from benchmarks.memory import peak_of_steps
 from benchmarks.plain import Plain
 from benchmarks.roofline import Precision
 from benchmarks.timing import Laps, Stopwatch, ratio, seconds, take_turns
@@ -16,9 +15,6 @@ from mmearth_ray.objective import VISIBLE
 
 PEAK_STEPS = 2
 """Steps after which memory has peaked: the first one allocates AdamW's moments, the second has them from its start."""
-
-RSS_UNIT = 1 if sys.platform == "darwin" else 1024
-"""Bytes that one unit of ru_maxrss stands for (getrusage(2))."""
 
 
 @dataclass(frozen=True)
@@ -56,14 +52,12 @@ class Measurement:
 
 
 def measure(point: Point) -> Measurement:
-    """Measure a point.  In a process that has done nothing else, its memory is that of the model and its training."""
+    """Measure a point.  In a process that has done nothing else, its memory is that of its first steps
+    (`benchmarks.memory`)."""
     device = torch.device(point.device)
-    before = peak_bytes(device)
     subject = make_subject(point.size, point.image, point.patch, point.batch, device)
     step = our_step(subject, point.backend, point.precision)
-    for _ in range(PEAK_STEPS):
-        step(Stopwatch(device))
-    memory = peak_bytes(device) - before
+    memory = peak_of_steps(step, device, PEAK_STEPS)
     laps = take_turns({"ours": step} | ({"plain": plain_computation(subject)} if point.plain else {}), point.steps, device)
     ours, rate, gflop = laps["ours"], point.batch / seconds(laps["ours"]), gflop_per_tile(subject)
     return Measurement(
@@ -103,13 +97,6 @@ def plain_computation(subject: Subject) -> Work:
 def without_optimizer(laps: Laps) -> Laps:
     """Forward and backward alone."""
     return [{name: time for name, time in lap.items() if name != "optimizer"} for lap in laps]
-
-
-def peak_bytes(device: torch.device) -> int:
-    """The most memory that was in use so far: of this process, or what PyTorch allocated on the GPU."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * RSS_UNIT
 
 
 def gflop_per_tile(subject: Subject) -> float:

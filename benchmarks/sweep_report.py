@@ -28,8 +28,9 @@ FACTS = ("device", "processor", "driver", "cuda", "instructions", "cores", "thre
 NOTES = (
     "A step is forward, backward and fused AdamW on random tiles that lie ready in memory, 60 % of patches hidden, nothing "
     "missing; times are medians over the steps that count. The stream of data is no part of it.",
-    "Memory is the peak of the process over what it held before it built the model; on a GPU, the most that PyTorch had "
-    "allocated. 16 bytes per parameter of it are weights, gradients and AdamW's two moments.",
+    "Memory is the peak of the process over what it held just before its first step, with model and batch made: gradients and "
+    "AdamW's two moments, 12 bytes per parameter, are part of it, weights are not. On a GPU it is the most that PyTorch had "
+    "allocated, weights and batch included.",
     "GFLOP per tile counts the convolutions and matrices of forward and backward on visible cells, two operations per "
     "multiplication with its addition (mmearth_ray/model/flops.py). GFLOP/s is that, times tiles/s of the whole step.",
     "Plain/ours is the time that the published computation takes in plain PyTorch, float32 (benchmarks/plain.py), over ours, "

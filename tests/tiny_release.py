@@ -22,7 +22,7 @@ from mmearth_ray.model.mpmae import with_decoder
 from mmearth_ray.objective import Objective
 from mmearth_ray.shards.convert import ConvertOptions, convert
 from mmearth_ray.shards.manifest import Manifest
-from mmearth_ray.stream.prepare import Batch, prepare
+from mmearth_ray.stream.prepare import Batch, Piece, assemble
 from mmearth_ray.stream.reader import RowGroup, read_group
 from mmearth_ray.train.loop import to_device
 
@@ -76,7 +76,7 @@ def row_group(experiment: Experiment) -> RowGroup:
 def samples(experiment: Experiment, tiles: list[int], group: RowGroup | None = None) -> Batch:
     """Those tiles, prepared, in that order."""
     group = group or row_group(experiment)
-    return prepare(experiment.spec, group, np.array([group.id.index(str(tile)) for tile in tiles]), epoch=0)
+    return assemble(experiment.spec, [Piece(group, np.array([group.id.index(str(tile)) for tile in tiles]), 0)])
 
 
 @dataclass(frozen=True)

@@ -60,11 +60,6 @@ class Piece:
     epoch: int
 
 
-def prepare(spec: SampleSpec, group: RowGroup, rows: np.ndarray, epoch: int) -> Batch:
-    """The samples of those rows of a row group, as `assemble` gives them."""
-    return assemble(spec, [Piece(group, rows, epoch)])
-
-
 def assemble(spec: SampleSpec, pieces: Sequence[Piece]) -> Batch:
     """The samples of those pieces, in order, as one batch; every map is copied once, from its row group to its place.
 

@@ -30,6 +30,7 @@ from mmearth_ray.stream.pipeline import Share, stream, user_error
 from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.stream.prepare import Batch
 from mmearth_ray.stream.source import Source
+from mmearth_ray.train.allocator import KEEP_FREED_MEMORY
 from mmearth_ray.train.loop import Worker, run
 
 DATA_CPUS = 2
@@ -47,23 +48,20 @@ def launch(experiment: Experiment, share: Share) -> bool:
 
     Raises DataError for what a worker could not do; what it knew is in `error.log` in the run directory.
     """
+    gpus, train = uses_gpus(experiment.config), experiment.config.train
     board = ray.remote(num_cpus=0)(Board).remote()
     trainer = TorchTrainer(
         _worker,
         train_loop_config={"experiment": ray.put(experiment), "board": board, "share": share},
         scaling_config=ScalingConfig(
-            num_workers=experiment.config.train.workers,
-            use_gpu=uses_gpus(experiment.config),
-            resources_per_worker={"CPU": 1, "GPU": 1} if uses_gpus(experiment.config) else {"CPU": 1},
+            num_workers=train.workers, use_gpu=gpus, resources_per_worker={"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
         ),
-        torch_config=TorchConfig(
-            backend="nccl" if uses_gpus(experiment.config) else "gloo",
-            timeout_s=max(1, int(experiment.config.train.hang_timeout)),
-        ),
+        torch_config=TorchConfig(backend="nccl" if gpus else "gloo", timeout_s=max(1, int(train.hang_timeout))),
         run_config=RunConfig(
             name=f"mmearth-ray-{os.getpid()}-{int(time.time())}",
             storage_path=str((experiment.run / ".ray").resolve()),
-            failure_config=FailureConfig(max_failures=experiment.config.train.max_failures),
+            failure_config=FailureConfig(max_failures=train.max_failures),
+            worker_runtime_env={"env_vars": KEEP_FREED_MEMORY},  # beside the variables of a submitted job
         ),
     )
     watch = Watch(board, experiment)

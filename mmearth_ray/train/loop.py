@@ -99,11 +99,7 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
                 continue
             sums, stop = fetch(window.found, engine, control.should_stop() if worker.rank == 0 else False)
             entries = window.entries(experiment, sums, time.perf_counter())
-            fine = _finite_steps(sums)
-            if fine < len(sums):
-                for entry in entries[:fine] if metrics else ():
-                    metrics.write(entry)  # pyright: ignore[reportOptionalMemberAccess]
-                raise DataError(_not_finite(experiment, entries[fine]["step"], sums[fine]))
+            _require_finite(experiment, sums, entries, metrics)
             if experiment.held_out and (step % config.validate.every == 0 or step == experiment.steps):
                 entries[-1]["validation"] = validate(experiment, engine, worker, experiment.held_out)
             if metrics:
@@ -156,9 +152,13 @@ def _step(engine: DDPEngine, batches: list[Batch], worker: Worker, rate: float, 
     return Found(errors, totals, weighed_with, engine.step(rate), tiles)
 
 
-def _finite_steps(sums: list[Sums]) -> int:
-    """How many steps of a window, from its first, had a finite loss and finite gradients."""
-    return next((n for n, s in enumerate(sums) if not s.applied or not np.isfinite(s.loss)), len(sums))
+def _require_finite(experiment: Experiment, sums: list[Sums], entries: list[dict[str, Any]], metrics: Journal | None) -> None:
+    """Raise DataError at the first step whose loss or gradient was not finite; the lines of those before it are written."""
+    for number, s in enumerate(sums):
+        if not s.applied or not np.isfinite(s.loss):
+            for entry in entries[:number] if metrics else ():
+                metrics.write(entry)  # pyright: ignore[reportOptionalMemberAccess]
+            raise DataError(_not_finite(experiment, entries[number]["step"], s))
 
 
 def _not_finite(experiment: Experiment, step: int, sums: Sums) -> str:

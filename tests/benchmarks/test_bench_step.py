@@ -114,7 +114,7 @@ def test_it_runs_where_there_is_only_pytorch_numpy_and_arrow(tmp_path: Path) -> 
 @pytest.mark.parametrize(
     ("argument", "message"),
     [
-        ("shapes=[56-8]", "shapes=56-8: must be IMAGE/PATCH in px, such as 56/8"),
+        ("shapes=[56-8]", "shapes=56-8: must be IMAGE/PATCH in pixels, such as 112/16"),
         ("shapes=[60/8]", "shapes=60/8: image sides must be multiples of the patch size 8; got 60"),
         ("shapes=[56/7]", "shapes=56/7: a patch must be 8, 16, 32 pixels wide; got 7"),
         ("batch=[1,2]", "batch=[1, 2]: give one number, or one for each of 1 sizes"),

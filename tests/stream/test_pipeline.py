@@ -3,10 +3,14 @@
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from ray.data import DataContext
+from ray.data._internal.execution.operators.input_data_buffer import InputDataBuffer
+from ray.data._internal.execution.streaming_executor import StreamingExecutor
+from ray.data._internal.execution.streaming_executor_state import OpState
 from ray.data._internal.output_buffer import BlockOutputBuffer, OutputBlockSizeOption
 from ray.data.block import BlockAccessor
 from tiny_earth import make_data_set
@@ -37,12 +41,42 @@ def test_every_batch_becomes_one_block_that_is_neither_cut_nor_joined(micro_batc
         assert not buffer.has_next()
 
 
-@pytest.mark.parametrize(("waiting", "pause"), [(0, 0.02), (1, 0.06), (3, 0.14), (100, 0.25)])
-def test_the_scheduler_rests_the_longer_the_more_batches_wait(
-    waiting: int, pause: float, monkeypatch: pytest.MonkeyPatch
+class Consumer:
+    """A stand-in for time.sleep that takes so many batches in each slice, and for the executor that holds them."""
+
+    def __init__(self, waiting: int, taken_per_slice: int) -> None:
+        self.queue, self.taken, self.slices = [None] * waiting, taken_per_slice, list[float]()
+        self.executor = SimpleNamespace(_output_node=(None, SimpleNamespace(output_queue=self.queue)))
+
+    def sleep(self, seconds: float) -> None:
+        self.slices.append(seconds)
+        del self.queue[: self.taken]
+
+
+@pytest.mark.parametrize(
+    ("waiting", "taken_per_slice", "slices"), [(0, 0, 1), (1, 0, 3), (3, 0, 7), (100, 0, 12), (4, 1, 4), (4, 4, 1), (1, 1, 1)]
+)
+def test_the_scheduler_rests_the_longer_the_more_batches_wait_and_no_longer_than_any_does(
+    waiting: int, taken_per_slice: int, slices: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer = Consumer(waiting, taken_per_slice)
+    monkeypatch.setattr(time, "sleep", consumer.sleep)
+    Breathe().on_execution_step(consumer.executor)
+    assert consumer.slices == [0.02] * slices
+
+
+@pytest.mark.parametrize("node", [{}, {"_output_node": None}, {"_output_node": (None, SimpleNamespace())}])
+def test_with_a_ray_that_keeps_its_batches_elsewhere_the_scheduler_rests_shortly(
+    node: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     slept: list[float] = []
     monkeypatch.setattr(time, "sleep", slept.append)
-    executor = SimpleNamespace(_output_node=(None, SimpleNamespace(output_queue=[None] * waiting)))
-    Breathe().on_execution_step(executor)
-    assert slept == pytest.approx([pause])
+    Breathe().on_execution_step(SimpleNamespace(**node))
+    assert slept == [0.02]
+
+
+def test_the_installed_ray_keeps_its_batches_where_the_scheduler_looks() -> None:
+    executor = StreamingExecutor(DataContext.get_current())
+    assert executor._output_node is None
+    operator = InputDataBuffer(DataContext.get_current(), [])
+    assert len(OpState(operator, []).output_queue) == 0

@@ -9,7 +9,7 @@ import torch
 from mmearth_ray.modalities import TABLE, Kind, Level, Modality, get, tasks
 from mmearth_ray.model.mpmae import build_mpmae
 from mmearth_ray.objective import Objective
-from mmearth_ray.stream.prepare import Batch, Piece, SampleSpec, assemble, draw, elements, prepare, valid_mask
+from mmearth_ray.stream.prepare import Batch, Piece, SampleSpec, assemble, draw, elements, valid_mask
 from mmearth_ray.stream.reader import RowGroup
 from mmearth_ray.train.loop import to_device
 
@@ -35,6 +35,10 @@ def make_group(tiles: int, seed: int = 0, valid_share: float = 0.7, absent: tupl
             columns[name] = np.where(rng.random(shape) < valid_share, data, rng.choice(fillers, shape)).astype(m.dtype)
         present[m.name] = np.zeros(tiles, bool) if m.name in absent else rng.random(tiles) < 0.8
     return RowGroup([f"t{i}" for i in range(tiles)], (np.arange(tiles) % 2).astype(np.int8), columns, present)
+
+
+def prepare(spec: SampleSpec, group: RowGroup, rows: np.ndarray, epoch: int) -> Batch:
+    return assemble(spec, [Piece(group, rows, epoch)])
 
 
 def box(spec: SampleSpec, tile: str, epoch: int) -> tuple[slice, slice]:
