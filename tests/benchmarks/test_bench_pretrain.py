@@ -152,6 +152,7 @@ def test_a_run_that_does_not_end_well_when_asked_to_is_refused(
 
 
 @pytest.mark.drill
+@pytest.mark.long
 def test_everything_is_measured_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_data_set(tmp_path, tiles=40, size=32)
     code = main([

@@ -56,6 +56,7 @@ def test_the_modelled_table_has_every_size_and_engine_and_more_gpus_cost_more() 
 
 
 @pytest.mark.drill
+@pytest.mark.long
 def test_two_processes_are_measured_for_real(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     make_data_set(tmp_path, tiles=40, size=32)
     threads = torch.get_num_threads()

@@ -79,6 +79,7 @@ def test_a_finished_sweep_measures_nothing_again(finished: Path) -> None:
 
 
 @pytest.mark.drill
+@pytest.mark.long
 def test_a_killed_point_is_recorded_and_stops_nothing(tmp_path: Path) -> None:
     victims: list[int] = []
     with sweeping(tmp_path, "sizes=[atto,femto]", "steps=100000", "plain=false") as process:
@@ -95,6 +96,7 @@ def test_a_killed_point_is_recorded_and_stops_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.drill
+@pytest.mark.long
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)])
 def test_a_sweep_that_is_stopped_or_killed_goes_on_where_it_was(number: int, code: int, finished: Path, tmp_path: Path) -> None:
     shutil.copytree(finished / "points", tmp_path / "points")
