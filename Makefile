@@ -1,11 +1,12 @@
 # Everything a fresh machine needs: Python 3.11 to 3.13, make and gcc.  The first target that needs the environment makes it.
 #   make pretrain   install, then pretrain on the embedded data set     make test     the test suite (3 minutes)
 #   make lint       ruff and pyright                                    make drills   kill, hang and restart real processes
-#   make bench      measure training steps, then compare their ratios with the committed ones (8 minutes on two cores);
+#   make bench      measure training steps, then compare their ratios with the committed ones (12 minutes on two cores);
 #                   in bf16 as well where the processor multiplies it, or as PRECISIONS=fp32,bf16 says
 #   make bench-gpu  the same on a GPU; PYTHON=python3 takes that Python as it is, with PyTorch, NumPy and PyArrow
 #   make lock       write the lock file from .venv
 #   make minkowski  build MinkowskiEngine for model.backend=minkowski (needs g++; minutes)
+#   make peers      litdata and mosaicml-streaming, which the loader benchmark compares with, in .venv-peers
 #   make interop    the adapters beside TorchGeo and TerraTorch, in .venv-interop
 
 VENV := .venv
@@ -15,7 +16,7 @@ USABLE = import sys, venv, ensurepip; sys.exit(not (3, 11) <= sys.version_info <
 PYTHON ?= $(shell for p in python3.11 python3.12 python3.13 python3 python; do \
 	$$p -c '$(USABLE)' >/dev/null 2>&1 && echo $$p && break; done)
 
-.PHONY: install pretrain test lint format drills drills-quick bench bench-gpu lock interop minkowski clean
+.PHONY: install pretrain test lint format drills drills-quick bench bench-gpu lock interop peers minkowski clean
 
 install: $(STAMP)
 
@@ -47,12 +48,15 @@ drills: $(STAMP)
 drills-quick: $(STAMP)
 	$(PY) -m pytest -q -m "drill and not long"
 
+LOADER ?= shapes=[112/16/128] rounds=2 seconds=1 warm=0.5
+
 PRECISIONS ?= $(shell grep -qw -e avx512_bf16 -e amx_bf16 /proc/cpuinfo 2>/dev/null && echo fp32,bf16 || echo fp32)
 
 bench: $(STAMP)
 	$(PY) -m benchmarks.bench_step rounds=4 precisions=[$(PRECISIONS)]
 	$(PY) -m benchmarks.bench_step theme=step_large sizes=[tiny,base] shapes=[112/16] batch=[4,2] rounds=2 against=[plain] \
 		precisions=[$(PRECISIONS)]
+	$(PY) -m benchmarks.bench_loader $(LOADER)
 	$(PY) -m benchmarks.gate
 
 # A Python given by hand is used as it is: nothing is installed.
@@ -69,6 +73,10 @@ bench-gpu: $(if $(GIVEN),,$(STAMP))
 	$(GPU_STEP) theme=step_largest sizes=[atto,base,huge] shapes=[112/16] precisions=[bf16] batch=[256,64,16] largest=true \
 		against=[] memory=false parts=false rounds=1
 	$(GPU_PY) -m benchmarks.gate
+
+peers:
+	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 with the venv module was found; install one, or set PYTHON=..."; exit 1; }
+	tools/peers.sh $(PYTHON)
 
 interop:
 	@test -n "$(PYTHON)" || { echo "error: no Python 3.11, 3.12 or 3.13 with the venv module was found; install one, or set PYTHON=..."; exit 1; }

@@ -115,7 +115,7 @@ def main(arguments: list[str]) -> int:
 def train(options: Options, image: int, patch: int) -> dict[str, np.ndarray]:
     """The losses of every step, by run."""
     config = _config(options, image, patch)
-    experiment = open_experiment(config, shards_of(config))
+    experiment = open_experiment(config, *shards_of(config))
     objective = build_objective(experiment)
     runs = {
         "optimised": Optimised(objective, experiment, options.precision),

@@ -34,6 +34,8 @@ RATIOS = {
     "DDP / bare": True,
     "of bare processes": True,
     "efficiency against 1": True,
+    "times as fast": True,
+    "share of the bytes": False,
 }
 """Columns that are ratios, and whether more is better."""
 

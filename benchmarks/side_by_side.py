@@ -25,6 +25,7 @@ from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_
 
 from mmearth_ray.config import Config, micro_batch_of
 from mmearth_ray.experiment import build_objective, open_experiment
+from mmearth_ray.pretrain import shards_of
 from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.train.allocator import KEEP_FREED_MEMORY
 from mmearth_ray.train.engine import ddp as share_gradients
@@ -146,7 +147,7 @@ def _all_reduces(rank: int, workers: int, store: str, threads: int, sizes: list[
 
 def _step(config: Config, rank: int, hook: Callable | None) -> Callable[[], None]:
     """A function that makes one step: on gradients averaged with that hook, or without one on this process's own."""
-    experiment = open_experiment(config, Path(config.data.shards))
+    experiment = open_experiment(config, *shards_of(config))
     module: nn.Module = build_objective(experiment)
     settings = config.optimizer
     groups = parameter_groups(module, settings.weight_decay)

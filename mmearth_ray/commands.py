@@ -3,24 +3,26 @@
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from mmearth_ray.errors import UsageError
 from mmearth_ray.settings import help_text, load
+from mmearth_ray.storage import is_remote, locate
 
 
 @dataclass(frozen=True)
 class Command:
     """One subcommand: its positional arguments, what it does, its settings, and the function that runs it.
 
+    An argument is a path or, if it is among `urls`, the URL of an object store as well.
     Settings and function are looked up when they are needed, so that the help of one command loads no other.
     """
 
     places: tuple[str, ...]
     meaning: str
     settings: Callable[[], type]
-    run: Callable[[list[Path], Any], int]
+    run: Callable[[list[Any], Any], int]
+    urls: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -50,7 +52,11 @@ class Program:
         if len(places) < len(command.places) or wrong:
             raise UsageError(f"usage: {self.usage(name)}")
         options = load(command.settings(), (), rest[len(places) :])
-        return command.run([Path(place).expanduser() for place in places], options)
+        located = [locate(text, name) for name, text in zip(command.places, places, strict=True)]
+        for name, place in zip(command.places, located, strict=True):
+            if is_remote(place) and name not in command.urls:
+                raise UsageError(f"{name}={place}: must be a path on this machine")
+        return command.run(located, options)
 
     def usage(self, name: str) -> str:
         return " ".join([self.name, name, *self.commands[name].places, "[key=value ...]"])

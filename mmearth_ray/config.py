@@ -17,21 +17,33 @@ EMBEDDED = "embedded"
 
 @dataclass(frozen=True)
 class Data:
-    shards: str = key(EMBEDDED, "directory of shards; 'embedded': the procedural Earth, written to data/embedded on first use")
+    shards: list[str] = key(
+        [EMBEDDED], "where the shards are, a directory or a URL such as s3://bucket/prefix, or several; "
+        "'embedded': the procedural Earth, written to data/embedded on first use",
+    )  # fmt: skip
+    weights: list[float] | None = key(
+        None, "shares of several data sets in the stream, in their order; null: each tile of all of them once an epoch", above=0
+    )
     where: str = key("split == 'train'", "which tiles to train on, over id split product date latitude longitude source")
     validate_where: str = key("split == 'val'", "which tiles are held out for the validation loss")
     statistics: str = key("manifest", "whose statistics normalise: manifest (of the shards), release, or a JSON file")
+    shuffle_window: int = key(
+        1, "row groups whose tiles are mixed with each other; each reader holds as many in memory", at_least=1, at_most=256
+    )
+    cache: str = key("", "local directory that keeps what was read from URLs; empty: none")
+    cache_gb: float = key(50.0, "size of the cache, GB, beyond which what was used longest ago goes", above=0)
+    attempts: int = key(8, "times to ask a store that fails, over half a minute, before the run ends", at_least=1, at_most=20)
     tiles_per_task: int = key(64, "tiles that one data task prepares at a time", at_least=1)
     read_ahead: int = key(4, "batches kept ready for each worker", at_least=1)
 
 
 @dataclass(frozen=True)
 class Model:
-    size: str = key(
-        "atto", "encoder size", among=("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge")
-    )  # rows of encoder.SIZES
+    size: str = key("atto", "encoder size", among=("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge"))  # SIZES
     image_size: int = key(56, "side of the crop that the model sees, px", at_least=8)
     patch_size: int = key(8, "side of a patch, px", among=(8, 16, 32))
+    image_sizes: list[int] = key([], "image sizes that steps take in turn, model.image_size and others of as many patches, 8, "
+                                 "16 or 32 px wide; empty: that one", at_least=8)  # fmt: skip
     input: str = key(DEFAULT_INPUT, "the modality that is masked and encoded")
     targets: list[str] = key([m.name for m in tasks()], "the modalities to predict")
     bands: dict[str, list[str]] = key({}, "bands of a modality, as model.bands.NAME=[...]; all but the unused ones by default")
@@ -104,6 +116,7 @@ class Train:
 class Checkpoint:
     every: int = key(100, "steps between checkpoints; one is always written at the end", at_least=1)
     keep: int = key(3, "newest checkpoints to keep; 0 keeps all", at_least=0)
+    directory: str = key("", "where they are, a path or a URL such as s3://bucket/prefix; empty: run.directory/checkpoints")
 
 
 @dataclass(frozen=True)
@@ -142,6 +155,7 @@ class Config:
 
 FIXED_ON_RESUME = (
     "model.", "optimizer.", "schedule.", "seed", "train.global_batch", "train.steps", "train.averaging", "data.where",
+    "data.weights", "data.shuffle_window",
 )  # fmt: skip
 """Prefixes of the settings that a run keeps for its whole life; all others may change when it resumes."""
 
@@ -163,10 +177,10 @@ def check(config: Config) -> None:
     """Raise UsageError for settings that do not fit each other."""
     model, train = config.model, config.train
     if model.image_size % model.patch_size:
-        raise UsageError(
-            f"model.patch_size={model.patch_size} does not divide model.image_size={model.image_size}; "
-            f"use {model.image_size // model.patch_size * model.patch_size or model.patch_size} px, or another patch size"
-        )
+        fits = model.image_size // model.patch_size * model.patch_size or model.patch_size
+        raise UsageError(f"model.patch_size={model.patch_size} does not divide model.image_size={model.image_size}; "
+                         f"use {fits} px, or another patch size")  # fmt: skip
+    turns_of(model)
     patches = (model.image_size // model.patch_size) ** 2
     visible = visible_patches(patches, model.mask_ratio)
     if not 0 < visible < patches:
@@ -176,10 +190,9 @@ def check(config: Config) -> None:
         raise UsageError(f"train.global_batch={train.global_batch} is not divisible by train.workers={train.workers}")
     per_worker = train.global_batch // train.workers
     if train.micro_batch is not None and per_worker % train.micro_batch:
-        raise UsageError(
-            f"train.micro_batch={train.micro_batch} does not divide the {per_worker} tiles that each of "
-            f"{train.workers} workers takes of train.global_batch={train.global_batch}"
-        )
+        raise UsageError(f"train.micro_batch={train.micro_batch} does not divide the {per_worker} tiles that each of "
+                         f"{train.workers} workers takes of train.global_batch={train.global_batch}")  # fmt: skip
+    _check_sets(config)
     if model.backend == "minkowski" and train.gpus:
         raise UsageError("model.backend=minkowski runs on CPUs only; set train.gpus=false or model.backend=packed")
     if model.backend == "triton" and train.gpus is False:
@@ -188,6 +201,23 @@ def check(config: Config) -> None:
         raise UsageError("give train.steps or train.epochs, not both")
     input_of(config)
     normalised_targets(config)
+
+
+def _check_sets(config: Config) -> None:
+    shards, weights = config.data.shards, config.data.weights
+    if not shards or "" in shards:
+        raise UsageError(f"data.shards={shards}: name at least one directory or URL of shards")
+    if weights is not None and len(weights) != len(shards):
+        raise UsageError(f"data.weights has {len(weights)} numbers for {len(shards)} data sets in data.shards; give one each")
+
+
+def turns_of(model: Model) -> list[tuple[int, int]]:
+    """Image and patch sizes that steps take in turn, px; empty for one alone.  Raises UsageError for sizes of other grids."""
+    fits = {model.image_size * patch // model.patch_size: patch for patch in (8, 16, 32)}
+    if model.image_sizes and not {model.image_size} <= set(model.image_sizes) <= set(fits):
+        raise UsageError(f"model.image_sizes={model.image_sizes}: must be model.image_size={model.image_size} and others of as "
+                         f"many patches of 8, 16 or 32 px, from {', '.join(map(str, fits))} px")  # fmt: skip
+    return [(size, fits[size]) for size in model.image_sizes]
 
 
 def visible_patches(patches: int, mask_ratio: float) -> int:

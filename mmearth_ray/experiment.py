@@ -27,6 +27,7 @@ from mmearth_ray.config import (
     micro_batch_of,
     normalised_targets,
     targets_of,
+    turns_of,
     visible_patches,
 )
 from mmearth_ray.errors import DataError, UsageError
@@ -35,10 +36,14 @@ from mmearth_ray.model.encoder import Backend, Stem, sparse_layout
 from mmearth_ray.model.layers import Scope
 from mmearth_ray.model.mpmae import build_mpmae, initialise
 from mmearth_ray.objective import Objective, Weighting
-from mmearth_ray.shards.manifest import Manifest, load_manifest
+from mmearth_ray.patience import Patience
+from mmearth_ray.shards.manifest import Manifest, joint_statistics, load_manifest, training_counts
 from mmearth_ray.shards.stats import Statistics, checked, normalisation, require_statistics
+from mmearth_ray.storage import Location, locate
+from mmearth_ray.stream.cache import Cache
 from mmearth_ray.stream.prepare import SampleSpec
 from mmearth_ray.stream.select import NothingSelected
+from mmearth_ray.stream.shard import Reading
 from mmearth_ray.stream.source import Source, open_source
 
 DEFAULT_STEPS = 300
@@ -61,6 +66,10 @@ class Experiment:
     def spec(self) -> SampleSpec:
         return self.source.spec
 
+    def spec_of(self, step: int) -> SampleSpec:
+        """What samples are like at a step: of `spec`, unless image sizes take turns."""
+        return self.source.spec_at((step - 1) * self.config.train.global_batch)
+
     @property
     def steps(self) -> int:
         assert self.config.train.steps is not None
@@ -76,41 +85,45 @@ class Experiment:
         return Path(self.config.run.directory)
 
 
-def open_experiment(config: Config, shards: Path) -> Experiment:
-    """Resolve a configuration against the data set at `shards`.  Raises UsageError and DataError, as they apply."""
+def open_experiment(config: Config, *shards: Location) -> Experiment:
+    """Resolve a configuration against the data sets at `shards`.  Raises UsageError and DataError, as they apply."""
     config = _anchored(config)
     sparse_layout(cast(Backend, config.model.backend))
-    manifest = load_manifest(shards.resolve())
+    manifests = [load_manifest(place.resolve() if isinstance(place, Path) else place) for place in shards]
     entry, targets = input_of(config), targets_of(config)
     modalities = (*targets, entry)
-    statistics = load_statistics(config.data.statistics, manifest)
+    statistics = load_statistics(config.data.statistics, manifests)
     origin = "the manifest" if config.data.statistics == "manifest" else f"data.statistics={config.data.statistics}"
-    require_statistics(statistics, manifest.training_counts, modalities, origin)
+    require_statistics(statistics, training_counts(manifests), modalities, origin)
     arrays = {m.name: normalisation(statistics, m) for m in modalities if m.kind is Kind.CONTINUOUS}
     if not np.isfinite(arrays[entry.name][0]).any():
         raise DataError(
-            f"{origin} has no statistics of the input {entry.name}: {manifest.directory} has no tile of split 'train' with "
+            f"{origin} has no statistics of the input {entry.name}: {_places(manifests)} has no tile of split 'train' with "
             "valid values of it; use data.statistics=release or a JSON file"
         )
     patches = (config.model.image_size // config.model.patch_size) ** 2
     spec = SampleSpec(
-        dataset=manifest.name, seed=config.seed, tile_size=manifest.tile_size,
-        image_size=config.model.image_size, patch_size=config.model.patch_size,
+        seed=config.seed, image_size=config.model.image_size, patch_size=config.model.patch_size,
         visible=visible_patches(patches, config.model.mask_ratio), input=entry, targets=targets,
         normalise_targets=frozenset(normalised_targets(config)),
         missing=cast(Missing, config.model.missing),
         known={name: np.isfinite(mean) for name, (mean, _) in arrays.items()},
     )  # fmt: skip
-    source = open_source(manifest, config.data.where, spec)
+    data, reading = config.data, reading_of(config)
+    source = open_source(
+        manifests, data.where, spec, weights=data.weights, window=data.shuffle_window, reading=reading,
+        turns=[dataclasses.replace(spec, image_size=i, patch_size=p) for i, p in turns_of(config.model)],
+        turn=config.train.global_batch,
+    )  # fmt: skip
     return Experiment(
         config=_with_steps(config, source.samples),
         source=source,
-        held_out=_held_out(config, manifest, spec),
+        held_out=_held_out(config, manifests, spec, reading),
         statistics=arrays,
         identity={
-            "data": manifest.digest,
+            "data": _digest_of_sets(manifests),
             "table": table_hash(),
-            "samples": _digest(source.selection.shard, source.selection.group, source.selection.rows, source.selection.ends),
+            "samples": _digest(*(array for tiles in source.sets for array in tiles.selection.arrays)),
             "statistics": _digest(*(array for name in sorted(arrays) for array in arrays[name])),
         },
     )
@@ -121,7 +134,11 @@ def _anchored(config: Config) -> Config:
     run = dataclasses.replace(config.run, directory=str(Path(config.run.directory).expanduser().resolve()))
     init = str(Path(config.model.init).expanduser().resolve()) if config.model.init else ""
     model = dataclasses.replace(config.model, init=init, targets=[m.name for m in targets_of(config)])
-    return dataclasses.replace(config, run=run, model=model)
+    cache = str(Path(config.data.cache).expanduser().resolve()) if config.data.cache else ""
+    kept = locate(config.checkpoint.directory, "checkpoint.directory") if config.checkpoint.directory else ""
+    checkpoint = dataclasses.replace(config.checkpoint, directory=str(kept.resolve() if isinstance(kept, Path) else kept))
+    data = dataclasses.replace(config.data, cache=cache)
+    return dataclasses.replace(config, run=run, model=model, data=data, checkpoint=checkpoint)
 
 
 def _digest(*arrays: np.ndarray) -> str:
@@ -138,21 +155,48 @@ def _with_steps(config: Config, samples: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(train, steps=steps, epochs=None))
 
 
-def _held_out(config: Config, manifest: Manifest, spec: SampleSpec) -> Source | None:
-    """The held-out tiles, or none where the data set has none or validation is off."""
+def _held_out(config: Config, manifests: list[Manifest], spec: SampleSpec, reading: Reading) -> Source | None:
+    """The held-out tiles, or none where the data sets have none or validation is off."""
     if not config.validate.tiles:
         return None
     try:
-        return open_source(manifest, config.data.validate_where, spec, key="data.validate_where")
+        where = config.data.validate_where
+        return open_source(manifests, where, spec, key="data.validate_where", reading=reading, skip_empty=True)
     except NothingSelected:
         return None
 
 
-def load_statistics(choice: str, manifest: Manifest) -> Statistics:
-    """The statistics that `data.statistics` names.  Raises DataError if there are none or the file cannot be read."""
+def reading_of(config: Config) -> Reading:
+    """How shards are read.  Raises DataError if the cache cannot be written."""
+    data = config.data
+    cache = Cache(Path(data.cache), int(data.cache_gb * 1e9)) if data.cache else None
+    if cache:
+        cache.check()
+    return Reading(Patience(data.attempts), cache)
+
+
+def _places(manifests: list[Manifest]) -> str:
+    return " and ".join(str(manifest.directory) for manifest in manifests)
+
+
+def _digest_of_sets(manifests: list[Manifest]) -> str:
+    """The digest of the data set, or one over those of several, in their order."""
+    digests = [manifest.digest for manifest in manifests]
+    return digests[0] if len(digests) == 1 else hashlib.sha256(" ".join(digests).encode()).hexdigest()
+
+
+def load_statistics(choice: str, manifests: list[Manifest]) -> Statistics:
+    """The statistics that `data.statistics` names.  Raises DataError if there are none or the file cannot be read.
+
+    Those of several manifests are over the training tiles of all of them together.
+    """
     if choice == "manifest":
-        return manifest.statistics
+        return joint_statistics(manifests)
     if choice == "release":
+        if len(manifests) > 1:
+            raise DataError(f"data.statistics=release: {_places(manifests)} have statistics of their own each; use "
+                            "data.statistics=manifest or a JSON file")  # fmt: skip
+        (manifest,) = manifests
         if manifest.release_statistics is None:
             raise DataError(f"{manifest.directory} carries no release statistics; use data.statistics=manifest")
         return manifest.release_statistics
@@ -167,10 +211,11 @@ def load_statistics(choice: str, manifest: Manifest) -> Statistics:
 def build_objective(experiment: Experiment, *, initial: bool = True) -> Objective:
     """The model with its initial weights (unless told not to), its normaliser and its losses: the same on every worker."""
     model, spec = experiment.config.model, experiment.spec
+    others = dict.fromkeys(patch for _, patch in turns_of(model) if patch != model.patch_size)
     network = build_mpmae(
         size=model.size, in_channels=len(spec.input.bands), image_size=model.image_size, patch_size=model.patch_size,
         targets=spec.targets, stem=cast(Stem, model.stem), grn=cast(Scope, model.grn), backend=cast(Backend, model.backend),
-        decoder_width=model.decoder_width, decoder_depth=model.decoder_depth,
+        decoder_width=model.decoder_width, decoder_depth=model.decoder_depth, others=tuple(others),
     )  # fmt: skip
     if initial:
         initialise(network, model.init_scheme, torch.Generator().manual_seed(experiment.config.seed))

@@ -1,4 +1,7 @@
-"""Files and folders that appear under their names complete, or not at all."""
+"""Files and folders that appear under their names complete, or not at all.
+
+What has to do with local files only imports no package for object stores.
+"""
 
 import errno
 import os
@@ -6,16 +9,27 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import TYPE_CHECKING
 
 from mmearth_ray.errors import DataError
 
+if TYPE_CHECKING:
+    from upath import UPath
+
+    from mmearth_ray.storage import Location
+
 
 @contextmanager
-def complete_or_absent(path: Path) -> Iterator[Path]:
-    """A temporary path beside `path` to write to: it takes the name when all went well, and is removed otherwise.
+def complete_or_absent(path: "Location") -> Iterator[Path]:
+    """A temporary local path to write to: what is there takes the name when all went well, and is removed otherwise.
 
-    Raises DataError if the disk does not take it.
+    Raises DataError if the disk or the store does not take it.
     """
+    if not isinstance(path, Path):
+        with _uploaded(path) as temporary:
+            yield temporary
+        return
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
         yield temporary
@@ -30,6 +44,19 @@ def complete_or_absent(path: Path) -> Iterator[Path]:
 
 
 @contextmanager
+def _uploaded(place: "UPath") -> Iterator[Path]:
+    from mmearth_ray.storage import upload
+
+    with TemporaryDirectory(prefix="mmearth-ray-") as folder:
+        temporary = Path(folder) / place.name
+        try:
+            yield temporary
+        except OSError as error:
+            raise DataError(f"{write_failure(temporary, error)}, on its way to {place}") from error
+        upload(temporary, place)
+
+
+@contextmanager
 def complete_or_absent_folder(folder: Path) -> Iterator[Path]:
     """The same for a folder: what was there under its name before stays until the new one is complete.
 
@@ -40,7 +67,7 @@ def complete_or_absent_folder(folder: Path) -> Iterator[Path]:
         shutil.rmtree(incoming, ignore_errors=True)
         incoming.mkdir(parents=True)
         yield incoming
-        for path in [*incoming.iterdir(), incoming]:
+        for path in [*incoming.rglob("*"), incoming]:
             flush(path)
         if folder.exists():
             folder.replace(removed)
@@ -72,7 +99,7 @@ def write_failure(path: Path, error: OSError) -> str:
     return f"cannot write {path}: {error.strerror or error}"
 
 
-def atomic_text(path: Path, text: str) -> None:
-    """Write a text file that is either complete or absent.  Raises DataError if the disk does not take it."""
+def atomic_text(path: "Location", text: str) -> None:
+    """Write a text file that is either complete or absent.  Raises DataError if the disk or the store does not take it."""
     with complete_or_absent(path) as temporary:
         temporary.write_text(text, encoding="utf-8")

@@ -133,6 +133,13 @@ class Modality:
             tests += [abs(raw) < np.inf]  # NaN is not data either
         return reduce(and_, tests)
 
+    def holes(self, raw: np.ndarray) -> np.ndarray | None:
+        """Where raw values are data, or None where all of them are, which a minimum, a maximum or a sum mostly tells."""
+        if (raw.dtype.kind != "f" or np.isfinite(raw.sum())) and all(value < raw.min() or value > raw.max() for value in self.missing):
+            return None
+        valid = self.valid(raw)
+        return None if valid.all() else valid
+
     def label_table(self) -> np.ndarray:
         """int16 (256,): raw class code -> contiguous label 0..classes-1, or -1 where the code is no class."""
         table = np.full(256, -1, np.int16)

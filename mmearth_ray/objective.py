@@ -27,7 +27,7 @@ Weighting = Literal["uncertainty", "unweighted"]
 Batch = Mapping[str, Tensor]
 Statistics = Mapping[str, tuple[Tensor | np.ndarray, Tensor | np.ndarray]]
 
-ENCODER = "model.encoder."  # prefix of the encoder's parameters in an Objective's
+ENCODER, SIZES = "model.encoder.", "model.sizes."  # prefixes of parameters: the encoder's, those of further patch sizes
 VISIBLE, HIDDEN, PRODUCT = "visible", "hidden", "product"  # what a batch holds beside the modalities
 
 
@@ -100,6 +100,8 @@ READERS: dict[Kind, Callable[[Modality, Statistics], Normaliser | Labels]] = {
 class Objective(nn.Module):
     """The training loss of MP-MAE.  `forward` is for training, `reconstruct` for figures, `valid_counts` to cross-check.
 
+    A batch's images are of one size, one of those that the model is for.
+
     A batch holds, straight from the data pipeline: for each modality a tensor of its name (continuous maps (B, C, H, W) in
     native types, class maps int8 (B, H, W), vectors float32 (B, C), labels int16 (B,); -1 is no class); for continuous ones
     a bool (B,) under `present_column`; "product" int8 (B,); "visible" (B, V) and "hidden" (B, N) indices of patches.
@@ -140,13 +142,24 @@ class Objective(nn.Module):
 
         `totals_T`: what errors are divided by, the valid hidden elements per target in the whole global batch (for averages of
         its own, this micro-batch's divided by the share); `share`: 1 / (workers x accumulation).
-        Losses and gradients of all micro-batches on all workers are to be added.
+        Losses and gradients of all micro-batches on all workers are to be added.  Parameters of other patch sizes get
+        gradients of zero, for engines wait for one of every parameter: the sum of none of its elements joins the loss.
         """
-        hidden_BN = batch[HIDDEN].long()
-        predictions = self.model(self.image(batch), batch[VISIBLE].long(), hidden_BN)
+        hidden_BN, patch_size = batch[HIDDEN].long(), self.patch_size(batch)
+        predictions = self.model.at(patch_size)(self.image(batch), batch[VISIBLE].long(), hidden_BN)
         truths = self._truths(batch, hidden_BN)
         errors_T = torch.stack([ERROR_SUMS[m.kind](predictions[m.name], truths[m.name]) for m in self.targets])
-        return self.weigh(errors_T, totals_T, share, self.log_variances), errors_T.detach()
+        loss = self.weigh(errors_T, totals_T, share, self.log_variances)
+        for parameter in self.model.idle(patch_size):
+            loss = loss + parameter.flatten()[:0].sum()
+        return loss, errors_T.detach()
+
+    def patch_size(self, batch: Batch) -> int:
+        """Side of the batch's patches, px: images of all sizes have as many."""
+        if not self.model.sizes:
+            return self.model.encoder.patch_size
+        (height, width), patches = batch[self.input.name].shape[-2:], batch[VISIBLE].shape[1] + batch[HIDDEN].shape[1]
+        return round((height * width / patches) ** 0.5)
 
     @torch.no_grad()
     def valid_counts(self, batch: Batch) -> Tensor:
@@ -163,9 +176,10 @@ class Objective(nn.Module):
         the true patch.  Where not valid, the truth is whatever filler the data hold.
         """
         image_BCHW = self.image(batch)
-        grid = self.model.grid(image_BCHW)
+        model = self.model.at(self.patch_size(batch))
+        grid = model.grid(image_BCHW)
         all_BL = torch.arange(grid[0] * grid[1], device=image_BCHW.device).expand(len(image_BCHW), -1)
-        predictions = self.model(image_BCHW, batch[VISIBLE].long(), all_BL)
+        predictions = model(image_BCHW, batch[VISIBLE].long(), all_BL)
         values, shown = self.read(batch), {}
         for m in self.targets:
             prediction = predictions[m.name].float()
@@ -197,7 +211,7 @@ class Objective(nn.Module):
         """A target at the patches asked for, which are picked in their native type; at image level as a whole."""
         raw = with_channels(m, batch)
         if m.level is Level.PIXEL:
-            raw = patchify(raw, self.model.encoder.patch_size, asked_BN)
+            raw = patchify(raw, self.patch_size(batch), asked_BN)
         target: Target = self.readers[m.name](batch, raw, channels=-1)
         if self.missing == "mean" and m.level is Level.PIXEL and m.kind is Kind.CONTINUOUS:
             return target._replace(valid=torch.ones_like(target.valid))  # missing values are 0, the mean, once normalised

@@ -13,10 +13,11 @@ from pathlib import Path
 
 from mmearth_ray import config as configuration
 from mmearth_ray import settings
-from mmearth_ray.config import EMBEDDED, Config
+from mmearth_ray.config import EMBEDDED, Config, turns_of
 from mmearth_ray.errors import DataError, UsageError, run_command
 from mmearth_ray.experiment import Experiment, check_resume, open_experiment, versions
 from mmearth_ray.files import atomic_text, write_failure
+from mmearth_ray.storage import Location, locate
 from mmearth_ray.train import checkpoint
 from mmearth_ray.train.initial import check_initial
 from mmearth_ray.train.outputs import outputs_are_of
@@ -40,8 +41,8 @@ def main(arguments: list[str]) -> int:
         print(USAGE + settings.help_text(Config))
         return 0
     config = configuration.load(arguments)
-    experiment = open_experiment(config, shards_of(config))
-    found = checkpoint.newest(experiment.run)
+    experiment = open_experiment(config, *shards_of(config))
+    found = checkpoint.newest(checkpoint.directory_of(experiment.config))
     if found:
         state = checkpoint.load_state(found)
         check_resume(experiment, state.settings, state.identity, experiment.run)
@@ -79,10 +80,12 @@ def locked(run: Path) -> Iterator[None]:
         yield
 
 
-def shards_of(config: Config) -> Path:
-    """The directory of the data set; the embedded one is made on first use."""
-    if config.data.shards != EMBEDDED:
-        return Path(config.data.shards)
+def shards_of(config: Config) -> list[Location]:
+    """Where the data sets are; the embedded one is made on first use."""
+    return [_embedded() if text == EMBEDDED else locate(text, "data.shards") for text in config.data.shards]
+
+
+def _embedded() -> Path:
     from mmearth_ray.shards.manifest import MANIFEST
     from mmearth_ray.shards.synthesise import SynthesiseOptions, synthesise
 
@@ -95,12 +98,14 @@ def shards_of(config: Config) -> Path:
 def describe(experiment: Experiment) -> None:
     """Write down what the run is, in `config.yaml` and `run.json`, and say it."""
     atomic_text(experiment.run / "config.yaml", settings.to_yaml(experiment.config))
-    facts = {"versions": versions(), "identity": experiment.identity, "data_set": experiment.spec.dataset}
+    facts = {"versions": versions(), "identity": experiment.identity, "data_set": experiment.source.name}
     atomic_text(experiment.run / "run.json", json.dumps(facts, indent=1) + "\n")
     held_out = min(experiment.held_out.samples, experiment.config.validate.tiles) if experiment.held_out else 0
     model, train = experiment.config.model, experiment.config.train
+    sizes = dict.fromkeys(turns_of(model)) or [(model.image_size, model.patch_size)]
+    crops = " and ".join(f"{size} px in patches of {patch}" for size, patch in sizes)
     print(
-        f"{experiment.run}: {model.size}, {model.image_size} px in patches of {model.patch_size}, "
+        f"{experiment.run}: {model.size}, {crops}, "
         f"{len(experiment.spec.targets)} targets; {experiment.source.samples:,} tiles to train on, {held_out:,} held out; "
         f"{experiment.steps:,} steps of {train.global_batch} tiles on {train.workers} workers"
     )
@@ -108,9 +113,10 @@ def describe(experiment: Experiment) -> None:
 
 def report(experiment: Experiment, stopped: bool) -> None:
     """Say what the run left behind."""
-    newest = checkpoint.newest(experiment.run)
+    folder = checkpoint.directory_of(experiment.config)
+    newest = checkpoint.newest(folder)
     if newest is None:
-        raise DataError(f"training ended without a checkpoint in {experiment.run}; is it on storage that all workers share?")
+        raise DataError(f"training ended without a checkpoint in {folder}; is it on storage that all workers share?")
     step = checkpoint.load_state(newest).step
     on = "; the same command resumes" if stopped else "; without train.stop_at the same command goes on"
     print(f"{'stopped' if stopped else 'done'}: step {step:,} of {experiment.steps:,}{on if step < experiment.steps else ''}")

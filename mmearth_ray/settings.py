@@ -56,7 +56,7 @@ def load(kind: type[T], files: Sequence[Path], arguments: Sequence[str]) -> T:
     merged = OmegaConf.structured(kind)
     for source, layer in [*((str(f), _yaml(f)) for f in files), *((a, _argument(kind, a)) for a in arguments)]:
         try:
-            merged = OmegaConf.merge(merged, layer)
+            merged = OmegaConf.merge(merged, _listed(kind, layer))
         except OmegaConfBaseException as error:
             raise UsageError(_explain(kind, source, str(getattr(error, "full_key", "") or ""))) from error
     try:
@@ -119,10 +119,12 @@ def _plain(text: str, wanted: Any) -> Any:
             return None
         wanted = next(iter(set(get_args(wanted)) - {NoneType}))
     if get_origin(wanted) is list:
+        (inner,) = get_args(wanted)
+        if inner is str and re.fullmatch(_PLAIN[_WORD][0], text) and not text.isdecimal():
+            text = f"[{text}]"
         if not (text.startswith("[") and text.endswith("]")):
             raise ValueError(text)
         items = text[1:-1].split(",") if text[1:-1].strip() else []
-        (inner,) = get_args(wanted)
         return [_plain(item.strip(), _WORD if inner is str else inner) for item in items]
     if wanted is str and text != "null" and "$" not in text and not _QUOTED.fullmatch(text):
         return text
@@ -233,6 +235,16 @@ def _split(argument: str) -> tuple[str, str]:
     if not equals or not re.fullmatch(r"[\w.]+", name):
         raise UsageError(f"'{argument}' is not of the form key=value; --help lists the keys")
     return name, value
+
+
+def _listed(kind: type, layer: Any) -> Any:
+    """The layer with a list wherever one text stands for a list of texts, such as data.shards=DIRECTORY."""
+    from omegaconf import OmegaConf
+
+    for name, entry, _ in walk(kind):
+        if entry.type == list[str] and isinstance(value := OmegaConf.select(layer, name, throw_on_resolution_failure=False), str):
+            OmegaConf.update(layer, name, [value])
+    return layer
 
 
 def _argument(kind: type, argument: str) -> Any:

@@ -11,16 +11,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-ENVIRONMENT = {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
 SMALL = ("model.image_size=32", "model.decoder_width=64", "figure.tiles=0", "train.global_batch=16", "optimizer.lr=1e-3")
 WORKER = "ray::RayTrainWorker"
+
+
+def environment() -> dict[str, str]:
+    """This process's environment as it is now, for a command."""
+    return {**os.environ, "RAY_USAGE_STATS_ENABLED": "0", "PYTHONUNBUFFERED": "1"}
 
 
 def pretrain(*arguments: str, folder: Path | None = None) -> subprocess.CompletedProcess[str]:
     """Run `python -m mmearth_ray.pretrain` to its end, in `folder` if it is given."""
     return subprocess.run(
         [sys.executable, "-m", "mmearth_ray.pretrain", *arguments],
-        capture_output=True, text=True, timeout=560, env=ENVIRONMENT, cwd=folder, check=False,
+        capture_output=True, text=True, timeout=560, env=environment(), cwd=folder, check=False,
     )  # fmt: skip
 
 
@@ -29,7 +33,7 @@ def pretraining(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     """The same command in the background; whatever is left of it is killed at the end."""
     process = subprocess.Popen(
         [sys.executable, "-m", "mmearth_ray.pretrain", *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), start_new_session=True,
     )  # fmt: skip
     try:
         yield process

@@ -33,9 +33,9 @@ ROOT = Path(mmearth_ray.__file__).parent
 MAX_FILE, MAX_FUNCTION = 300, 60
 
 # A room (a module or a sub-package of mmearth_ray) imports from itself and from rooms before it.
-ROOMS = ("", "errors", "files", "modalities", "progress", "settings", "commands", "cluster", "report", "config", "shards",
-         "stream", "model", "losses", "objective", "checkpoints", "experiment", "train", "adapters", "evaluate", "pretrain",
-         "__main__")  # fmt: skip
+ROOMS = ("", "errors", "patience", "storage", "files", "modalities", "progress", "settings", "commands", "cluster", "report",
+         "config", "shards", "stream", "model", "losses", "objective", "checkpoints", "experiment", "train", "adapters",
+         "evaluate", "pretrain", "__main__")  # fmt: skip
 # Packages that only these modules may import, at any scope; a name ending in a dot stands for a whole room.
 ONLY_IN = {
     "ray": ("cluster", "shards.build", "stream.pipeline", "train.launch", "evaluate."),
@@ -43,6 +43,8 @@ ONLY_IN = {
     "omegaconf": ("settings",),
     "yaml": ("settings",),
     "h5py": ("shards.", "evaluate."),
+    "fsspec": ("storage",),
+    "upath": ("storage", "shards.read", "stream.shard", "train.checkpoint"),  # the type, where a place can only be remote
     "matplotlib": ("report.",),
     "torch": ("model.", "losses", "objective", "checkpoints.", "experiment", "train.", "adapters.", "evaluate."),
 }
@@ -154,9 +156,9 @@ def test_a_heavy_package_is_imported_only_where_it_may_be(package: str) -> None:
     assert users <= allowed, f"{package} is imported by {sorted(users - allowed)}"
 
 
-@pytest.mark.parametrize("module", [m for m in SOURCES if m.split(".")[0] in ("model", "losses", "objective")])
+@pytest.mark.parametrize("module", [m for m in SOURCES if m.split(".")[0] in ("model", "losses", "objective", "files")])
 def test_model_and_losses_need_neither_ray_nor_omegaconf_nor_arrow_even_indirectly(module: str) -> None:
-    assert not loaded_with(module) & {"ray", "omegaconf", "yaml", "pyarrow", "h5py", "matplotlib"}
+    assert not loaded_with(module) & {"ray", "omegaconf", "yaml", "pyarrow", "h5py", "matplotlib", "upath"}
 
 
 @pytest.mark.parametrize("module", [m for m in SOURCES if m.split(".")[0] == "report"])
@@ -232,9 +234,9 @@ def test_a_row_more_in_the_table_becomes_columns_statistics_heads_loss_and_count
     entry = tasks()[0]
     arrays = {m.name: normalisation(extended.statistics, m) for m in (entry, *INVENTED) if m.kind is Kind.CONTINUOUS}
     assert all(np.isfinite(mean).all() for name, (mean, _) in arrays.items() if name != entry.name)
-    spec = SampleSpec("extended", 0, SIZE, SIZE, PATCH, 1, input=entry, targets=INVENTED, normalise_targets=frozenset({"soil"}),
+    spec = SampleSpec(0, SIZE, PATCH, 1, input=entry, targets=INVENTED, normalise_targets=frozenset({"soil"}),
                       known={name: np.isfinite(mean) for name, (mean, _) in arrays.items()})  # fmt: skip
-    batch = next(open_source(extended, "", spec).batches([(0, TILES)]))
+    batch = next(open_source([extended], "", spec).batches([(0, TILES)]))
     full = [3 * PATCH**2 * 2, 3 * PATCH**2, 3]
     assert batch["count"].tolist() == [[0, 0, 0] if tile == "0" else full for tile in batch["id"].tolist()]
 

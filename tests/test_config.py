@@ -16,6 +16,7 @@ from mmearth_ray.config import (
     micro_batch_of,
     normalised_targets,
     targets_of,
+    turns_of,
     visible_patches,
 )
 from mmearth_ray.errors import UsageError
@@ -106,6 +107,11 @@ def test_the_learning_rate_grows_with_the_global_batch_unless_set_itself() -> No
         (["model.patch_size=16"], "model.patch_size=16 does not divide model.image_size=56; use 48 px, or another patch size"),
         (["model.patch_size=32", "model.image_size=24"], "model.patch_size=32 does not divide model.image_size=24; use 32 px"),
         (["model.patch_size=12"], "model.patch_size=12: must be one of 8, 16, 32"),
+        (["model.image_sizes=[56,84]"], "model.image_sizes=[56, 84]: must be model.image_size=56 and others of as many patches "
+                                        "of 8, 16 or 32 px, from 56, 112, 224 px"),
+        (["model.image_sizes=[112,224]"], "model.image_sizes=[112, 224]: must be model.image_size=56 and others of as many"),
+        (["model.image_sizes=[56,4]"], "model.image_sizes=[56, 4]: must be at least 8"),
+        (["model.image_sizes=56"], "model.image_sizes=56: "),
         (["model.image_size=8"], "model.mask_ratio=0.6 leaves 0 of 1 patches visible; at least one must be visible and one"),
         (["model.mask_ratio=0.99"], "model.mask_ratio=0.99 leaves 0 of 49 patches visible"),
         (["train.workers=3"], "train.global_batch=64 is not divisible by train.workers=3"),
@@ -137,6 +143,13 @@ def test_the_learning_rate_grows_with_the_global_batch_unless_set_itself() -> No
 )  # fmt: skip
 def test_settings_that_do_not_fit_are_refused_with_values_and_remedy(arguments: list[str], message: str) -> None:
     assert error_of(*arguments).startswith(message)
+
+
+def test_image_sizes_bring_the_patches_that_keep_the_grid() -> None:
+    assert turns_of(load([]).model) == []
+    assert turns_of(load(["model.image_sizes=[112,56,224]"]).model) == [(112, 16), (56, 8), (224, 32)]
+    wide = load(["model.image_size=112", "model.patch_size=16", "model.image_sizes=[56,112,112]"]).model
+    assert turns_of(wide) == [(56, 8), (112, 16), (112, 16)]
 
 
 def test_targets_come_in_table_order_with_the_bands_chosen() -> None:

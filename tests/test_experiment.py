@@ -69,14 +69,9 @@ def test_a_run_ends_at_its_last_step_or_earlier_where_told(manifest: Manifest) -
 def test_the_samples_follow_the_configuration_and_the_data_set(manifest: Manifest) -> None:
     experiment = open_experiment(configured("seed=5", "model.targets=[aster,biome]"), manifest.directory)
     spec = experiment.spec
-    assert (spec.dataset, spec.seed, spec.tile_size, spec.image_size, spec.patch_size, spec.visible) == (
-        "tiny",
-        5,
-        16,
-        16,
-        8,
-        1,
-    )
+    (tiles,) = experiment.source.sets
+    assert (tiles.name, tiles.tile_size) == ("tiny", 16)
+    assert (spec.seed, spec.image_size, spec.patch_size, spec.visible) == (5, 16, 8, 1)
     assert [m.name for m in spec.targets] == ["aster", "biome"]
     assert spec.normalise_targets == frozenset()  # the input is normalised by patch only where it is a target
     assert experiment.source.samples == 40
@@ -106,15 +101,15 @@ def test_nothing_to_train_on_is_an_error_and_so_is_no_data_set(manifest: Manifes
 def test_statistics_come_from_the_manifest_the_release_or_a_file(manifest: Manifest, tmp_path: Path) -> None:
     release = {"sentinel2": {"l1c": {"B2": {"mean": 1.0, "std": 2.0}}}}
     released = dataclasses.replace(manifest, release_statistics=release)
-    assert load_statistics("manifest", released) == manifest.statistics
-    assert load_statistics("release", released) == release
+    assert load_statistics("manifest", [released]) == manifest.statistics
+    assert load_statistics("release", [released]) == release
     with pytest.raises(DataError, match=r"carries no release statistics; use data\.statistics=manifest"):
-        load_statistics("release", manifest)
+        load_statistics("release", [manifest])
     bare, wrapped = tmp_path / "bare.json", tmp_path / "wrapped.json"
     bare.write_text(json.dumps(release))
     wrapped.write_text(json.dumps({"digest": "x", "statistics": release}))
-    assert load_statistics(str(bare), manifest) == load_statistics(str(wrapped), manifest) == release
-    assert load_statistics(str(manifest.directory / "manifest.json"), released) == manifest.statistics
+    assert load_statistics(str(bare), [manifest]) == load_statistics(str(wrapped), [manifest]) == release
+    assert load_statistics(str(manifest.directory / "manifest.json"), [released]) == manifest.statistics
 
 
 @pytest.mark.parametrize("text", [None, "", "{", "[1, 2]", "3", '{"statistics": [1]}'])
@@ -123,7 +118,7 @@ def test_a_statistics_file_that_cannot_be_used_is_a_data_error(text: str | None,
     if text is not None:
         path.write_text(text)
     with pytest.raises(DataError, match=f"data.statistics={path}: .*use manifest, release or "):
-        load_statistics(str(path), manifest)
+        load_statistics(str(path), [manifest])
 
 
 def test_normalising_statistics_are_those_of_the_chosen_file_by_product_and_band(manifest: Manifest, tmp_path: Path) -> None:

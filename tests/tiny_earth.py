@@ -9,6 +9,7 @@ from mmearth_ray.modalities import TABLE, Kind, Level, Modality
 from mmearth_ray.shards.manifest import Manifest
 from mmearth_ray.shards.schema import TileBlock
 from mmearth_ray.shards.write import write_shard
+from mmearth_ray.stream.shard import Shard
 
 
 def make_data_set(
@@ -24,6 +25,11 @@ def make_data_set(
     manifest = Manifest(path, name, size, tuple(records), {"kind": "tiny", "tiles": tiles})
     manifest.save()
     return manifest
+
+
+def shard_at(path: Path) -> Shard:
+    """A file on its own, of which no manifest tells anything but its size."""
+    return Shard(path, path.stat().st_size, "", 0)
 
 
 def make_block(numbers: range, size: int, train_tiles: int) -> TileBlock:

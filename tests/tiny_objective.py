@@ -6,19 +6,25 @@ from torch import Tensor
 
 from mmearth_ray.modalities import PRODUCTS, Kind, Level, Modality, tasks
 from mmearth_ray.model.decoder import Decoder
-from mmearth_ray.model.encoder import Encoder
+from mmearth_ray.model.encoder import Encoder, Stem
 from mmearth_ray.model.mpmae import MPMAE
 from mmearth_ray.objective import Objective, Weighting
 
 TARGETS = tasks()
 INPUT = TARGETS[0]
-SIDE, PATCH = 24, 8
+SIDE, PATCH, GRID = 24, 8, 3
 DTYPES = {"uint16": torch.uint16, "int16": torch.int16, "int8": torch.int8, "float32": torch.float32}
 
 
-def make_objective(targets: tuple[Modality, ...] = TARGETS, weighting: Weighting = "uncertainty") -> Objective:
-    encoder = Encoder(len(INPUT.bands), (1, 1, 1, 1), (4, 8, 8, 16), PATCH)
-    model = MPMAE(encoder, Decoder(16, PATCH, targets, width=16))
+def make_objective(
+    targets: tuple[Modality, ...] = TARGETS,
+    weighting: Weighting = "uncertainty",
+    patch_size: int = PATCH,
+    others: tuple[int, ...] = (),
+    stem: Stem = "modified",
+) -> Objective:
+    encoder = Encoder(len(INPUT.bands), (1, 1, 1, 1), (4, 8, 8, 16), patch_size, stem)
+    model = MPMAE(encoder, Decoder(16, patch_size, targets, width=16), others)
     randomise(model, torch.Generator().manual_seed(4))
     objective = Objective(
         model,
@@ -43,8 +49,8 @@ def make_statistics(modalities: tuple[Modality, ...]) -> dict[str, tuple[Tensor,
     return out
 
 
-def make_values(m: Modality, batch: int, generator: torch.Generator) -> Tensor:
-    shape = (batch, SIDE, SIDE) if m.level is Level.PIXEL else (batch,)
+def make_values(m: Modality, batch: int, generator: torch.Generator, side: int = SIDE) -> Tensor:
+    shape = (batch, side, side) if m.level is Level.PIXEL else (batch,)
     if m.kind is Kind.CATEGORICAL:
         dtype = torch.int8 if m.level is Level.PIXEL else torch.int16
         return torch.randint(-1, m.width, shape, generator=generator).to(dtype)
@@ -54,10 +60,11 @@ def make_values(m: Modality, batch: int, generator: torch.Generator) -> Tensor:
     return values
 
 
-def make_batch(batch: int = 4, targets: tuple[Modality, ...] = TARGETS, seed: int = 7) -> dict[str, Tensor]:
+def make_batch(batch: int = 4, targets: tuple[Modality, ...] = TARGETS, seed: int = 7, side: int = SIDE) -> dict[str, Tensor]:
+    """Images of `side` px, of 3 x 3 patches."""
     generator = torch.Generator().manual_seed(seed)
-    out = {m.name: make_values(m, batch, generator) for m in {m.name: m for m in (INPUT, *targets)}.values()}
+    out = {m.name: make_values(m, batch, generator, side) for m in {m.name: m for m in (INPUT, *targets)}.values()}
     out |= {m.present_column: torch.ones(batch, dtype=torch.bool) for m in (INPUT, *targets) if m.kind is Kind.CONTINUOUS}
-    visible, hidden = draw_patches(batch, (SIDE // PATCH) ** 2, 4, generator)
+    visible, hidden = draw_patches(batch, GRID**2, 4, generator)
     product = torch.randint(0, len(PRODUCTS), (batch,), generator=generator).to(torch.int8)
     return out | {"visible": visible, "hidden": hidden, "product": product}

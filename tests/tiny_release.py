@@ -4,7 +4,7 @@ Shapes: B tiles, C bands, N hidden patches, P pixels along the side of a patch, 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -66,17 +66,17 @@ def open_tiny(manifest: Manifest, *arguments: str) -> tuple[Experiment, Objectiv
 
 def row_group(experiment: Experiment) -> RowGroup:
     """All tiles, in arrays of their own."""
-    (file,) = experiment.source.selection.files
-    spec = experiment.spec
-    found = read_group(experiment.source.directory / file, 0, spec.tile_size, spec.modalities)
-    columns = {name: column.copy() for name, column in found.columns.items()}
-    return RowGroup(found.id, found.product, columns, {name: column.copy() for name, column in found.present.items()})
+    (tiles,) = experiment.source.sets
+    (shard,) = tiles.shards
+    found = read_group(shard, 0, tiles.tile_size, experiment.spec.modalities)
+    columns, present = ({name: column.copy() for name, column in part.items()} for part in (found.columns, found.present))
+    return replace(found, columns=columns, present=present)
 
 
 def samples(experiment: Experiment, tiles: list[int], group: RowGroup | None = None) -> Batch:
     """Those tiles, prepared, in that order."""
     group = group or row_group(experiment)
-    return assemble(experiment.spec, [Piece(group, np.array([group.id.index(str(tile)) for tile in tiles]), 0)])
+    return assemble(experiment.spec, [Piece(group, np.array([group.id.index(str(tile)) for tile in tiles]), 0, experiment.source.name)])
 
 
 @dataclass(frozen=True)

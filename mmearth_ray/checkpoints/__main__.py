@@ -46,22 +46,24 @@ def _import(places: list[Path], options: ImportOptions) -> int:
     return 0
 
 
-def _export(places: list[Path], options: ExportOptions) -> int:
-    from mmearth_ray.checkpoints.folder import open_exported
+def _export(places: list[Any], options: ExportOptions) -> int:
+    from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, STATE, open_exported
+    from mmearth_ray.storage import at_hand
 
-    source, out = places
+    place, out = places
     form = options.format or SUFFIXES.get(out.suffix)
     if form is None:
         raise UsageError(f"OUT={out}: its suffix is none of .pth, .onnx and .safetensors; name the form as format=...")
     if form not in ("encoder", "model") and (out.is_dir() or not out.parent.is_dir()):
         there = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
         raise UsageError(f"OUT={out}: {there}; format={form} writes a file")
-    exported = open_exported(source)
-    if form in ("encoder", "model"):
-        out = _folder_to_write(out)
-        if out == exported.folder.resolve():
-            raise UsageError(f"OUT={out} is the model itself; name another folder")
-    _WRITERS[form](exported, out)
+    with at_hand(place, (CHECKPOINT_FILE, STATE)) as source:  # of what is not on this machine, a checkpoint
+        exported = open_exported(source)
+        if form in ("encoder", "model"):
+            out = _folder_to_write(out)
+            if out == exported.folder.resolve():
+                raise UsageError(f"OUT={out} is the model itself; name another folder")
+        _WRITERS[form](exported, out)
     print(f"{out}: written as {form}")
     return 0
 
@@ -74,12 +76,14 @@ def _write_published(exported: Any, out: Path) -> None:
 
 def _folder_to_write(out: Path) -> Path:
     """`out` itself, absolute.  Raises UsageError where that would replace anything but an exported model."""
-    from mmearth_ray.checkpoints.folder import CARD, CONFIG, ENCODER_FILE, PRETRAINING_FILE
+    from mmearth_ray.checkpoints.folder import CARD, CONFIG, ENCODER_FILE, PRETRAINING_FILE, size_folder
+    from mmearth_ray.model.encoder import PATCH_SIZES
 
     out = out.resolve()
     if out.exists() and not out.is_dir():
         raise UsageError(f"OUT is a folder to write; {out} is a file")
-    others = {p.name for p in out.iterdir()} - {CARD, CONFIG, ENCODER_FILE, PRETRAINING_FILE} if out.exists() else set()
+    ours = {CARD, CONFIG, ENCODER_FILE, PRETRAINING_FILE, *(size_folder(patch) for patch in PATCH_SIZES)}
+    others = {p.name for p in out.iterdir()} - ours if out.exists() else set()
     if others:
         raise UsageError(f"OUT={out} holds other things ({min(others)}), which would be lost; name a new folder")
     return out
@@ -87,9 +91,10 @@ def _folder_to_write(out: Path) -> Path:
 
 def _write_encoder(exported: Any, out: Path) -> None:
     from mmearth_ray.checkpoints.assemble import checked_tensors
-    from mmearth_ray.checkpoints.folder import write_exported
+    from mmearth_ray.checkpoints.folder import alone, write_exported
 
-    write_exported(out, exported.description, checked_tensors(exported, whole=False))
+    description = exported.description
+    write_exported(out, *alone(description, checked_tensors(exported, whole=False), description.image_size))
 
 
 def _write_model(exported: Any, out: Path) -> None:
@@ -129,8 +134,8 @@ _WRITERS = {
 PROGRAM = Program("python -m mmearth_ray.checkpoints", __doc__ or "", {
     "import": Command(("FILE.pth", "OUT"), "a published MP-MAE checkpoint -> a folder of safetensors, config and model card",
                       lambda: ImportOptions, _import),
-    "export": Command(("MODEL", "OUT"), "an exported or imported model, a run or one of its checkpoints -> another form",
-                      lambda: ExportOptions, _export),
+    "export": Command(("MODEL", "OUT"), "an exported or imported model, a run or a checkpoint (also its URL) -> another form",
+                      lambda: ExportOptions, _export, urls=("MODEL",)),
 })  # fmt: skip
 
 

@@ -36,9 +36,10 @@ def build_encoder(description: Description, backend: Backend = "packed") -> Enco
 
 
 def build_model(description: Description, backend: Backend = "packed") -> MPMAE:
-    """The whole pretraining model, not yet with its weights."""
-    encoder = build_encoder(description, backend)
-    return with_decoder(encoder, targets_of(description), description.decoder_width, description.decoder_depth)
+    """The whole pretraining model, for all its image sizes, not yet with its weights."""
+    d = description
+    others = tuple(d.others.values())
+    return with_decoder(build_encoder(d, backend), targets_of(d), d.decoder_width, d.decoder_depth, others)
 
 
 def parameter_shapes(description: Description) -> dict[str, tuple[int, ...]]:

@@ -54,10 +54,18 @@ def _structure(d: Mapping[str, Any]) -> str:
         "channels per stage": _listed([str(n) for n in d["dims"]]),
         "stem": d["stem"],
         "patch, image side in pretraining": f"{d['patch_size']} px, {d['image_size']} px",
+        **_sizes(d),
         "GRN in pretraining": f"over each {d['grn']}",
         "norm at the end": "none",
     }
     return "## Structure\n\n| | |\n|---|---|\n" + "".join(f"| {name} | {value} |\n" for name, value in rows.items())
+
+
+def _sizes(d: Mapping[str, Any]) -> dict[str, str]:
+    """Which sizes steps took in turn, where there were several."""
+    sizes = _listed([f"{size} px" for size in d["image_sizes"]])
+    several = len(set(d["image_sizes"])) > 1
+    return {"image sides in turn": f"{sizes}; encoders of the other patch sizes are in patch-N/"} if several else {}
 
 
 def _bands(d: Mapping[str, Any]) -> str:

@@ -4,6 +4,7 @@
     pretraining.safetensors  the rest of the pretraining model: decoder, heads, weights of the losses
     config.json              `Description`: structure, bands, units, normalisation, recipe, digests
     README.md                the model card: the same for people
+    patch-N/                 of a model for several image sizes: the same files of each of its other sizes, by itself
 
 Training writes it, importing a published checkpoint writes it, and everything that takes weights reads it.  A checkpoint of
 a run (`model.safetensors` and `state.json`) holds the same and may stand in its place.
@@ -11,7 +12,7 @@ a run (`model.safetensors` and `state.json`) holds the same and may stand in its
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,8 @@ from mmearth_ray.checkpoints.card import model_card
 from mmearth_ray.errors import DataError
 from mmearth_ray.files import complete_or_absent_folder
 from mmearth_ray.modalities import PRODUCTS
-from mmearth_ray.objective import ENCODER
+from mmearth_ray.model.encoder import PATCH_SIZES
+from mmearth_ray.objective import ENCODER, SIZES
 
 FORMAT = 2
 ENCODER_FILE, PRETRAINING_FILE, CONFIG, CARD = "encoder.safetensors", "pretraining.safetensors", "config.json", "README.md"
@@ -39,7 +41,8 @@ class Description:
     `size` is null for a structure that is none of the published ones.  `statistics[product]` holds "mean" and "std" of every
     band, null where there is none; it is null as a whole where nobody knows them.  `target_bands` names the bands of every
     target that has some to choose.  `origin` says where the weights come from: a run's settings, digests and versions, or the
-    arguments of the published run.
+    arguments of the published run.  `image_sizes`: all that steps took in turn, in as many patches as `image_size` has of
+    `patch_size`; empty for that size alone.
     """
 
     size: str | None
@@ -64,6 +67,13 @@ class Description:
     tiles_seen: int | None = None
     data_set: str | None = None
     origin: dict[str, Any] = field(default_factory=dict)
+    image_sizes: list[int] = field(default_factory=list)
+
+    @property
+    def others(self) -> dict[int, int]:
+        """Image sizes beside `image_size`, px, and the patch of each."""
+        sizes = [size for size in dict.fromkeys(self.image_sizes) if size != self.image_size]
+        return {size: self.patch_size * size // self.image_size for size in sizes}
 
     def to_json(self) -> dict[str, Any]:
         return {"format": FORMAT, **asdict(self)}
@@ -78,6 +88,7 @@ class Description:
                 "pretraining run only rewrites its export)"
             )
         names = [f.name for f in fields(cls)]
+        found = {"image_sizes": [], **found}  # a key that came later
         absent = [name for name in names if name not in found]
         if absent:
             raise DataError(f"{where} lacks {', '.join(absent)}; make the folder again")
@@ -94,7 +105,7 @@ class Description:
                    "decoder_depth": self.decoder_depth}  # fmt: skip
         lists = {"depths": (self.depths, int), "dims": (self.dims, int), "bands": (self.bands, str), "units": (self.units, str),
                  "missing": (self.missing, int), "targets": (self.targets, str),
-                 "normalise_targets": (self.normalise_targets, str)}  # fmt: skip
+                 "normalise_targets": (self.normalise_targets, str), "image_sizes": (self.image_sizes, int)}  # fmt: skip
         wrong = [name for name, value in texts.items() if not isinstance(value, str)]
         wrong += [name for name, value in numbers.items() if not isinstance(value, int)]
         wrong += [name for name, (value, kind) in lists.items() if not _is_list_of(kind, value)]
@@ -102,6 +113,8 @@ class Description:
             return f"{wrong[0]} has no value of its kind"
         if not self.bands or len(self.depths) != len(self.dims) or not self.dims:
             return "it names no band, or depths and dims of different lengths"
+        if self.image_sizes and (self.image_size < 1 or any(p not in PATCH_SIZES for p in self.others.values())):
+            return f"image_sizes {self.image_sizes} are none of {self.image_size} px in patches of {self.patch_size}"
         for product, values in (self.statistics or {}).items():
             for part in ("mean", "std"):
                 if len(values.get(part, ())) != len(self.bands):
@@ -163,20 +176,41 @@ def open_exported(path: Path) -> Exported:
 def write_exported(folder: Path, description: Description, tensors: Mapping[str, Tensor]) -> Path:
     """Write an exported model: it appears whole, in place of what had its name.
 
-    `tensors`: by their names in the pretraining model; the encoder alone is enough.  Raises DataError if the disk does not
-    take it.
+    `tensors`: by their names in the pretraining model; of one for a single image size the encoder alone is enough.  Raises
+    DataError if the disk does not take it.
     """
     plain = {name: t.detach().to("cpu").contiguous() for name, t in tensors.items()}
-    encoder = {name.removeprefix(ENCODER): t for name, t in plain.items() if name.startswith(ENCODER)}
-    rest = {name: t for name, t in plain.items() if not name.startswith(ENCODER)}
-    text = json.dumps(description.to_json(), indent=1, allow_nan=False)
     with complete_or_absent_folder(folder) as incoming:
-        save_tensors(encoder, incoming / ENCODER_FILE, {"mmearth_ray": text})
-        if rest:
-            save_tensors(rest, incoming / PRETRAINING_FILE)
-        (incoming / CONFIG).write_text(text + "\n", encoding="utf-8")
-        (incoming / CARD).write_text(model_card(description.to_json()), encoding="utf-8")
+        _write(incoming, description, plain)
+        for size, patch in description.others.items():
+            (incoming / size_folder(patch)).mkdir()
+            _write(incoming / size_folder(patch), *alone(description, plain, size))
     return folder
+
+
+def size_folder(patch_size: int) -> str:
+    """Where an exported model keeps that of another patch size."""
+    return f"patch-{patch_size}"
+
+
+def alone(description: Description, tensors: Mapping[str, Tensor], image_size: int) -> tuple[Description, dict[str, Tensor]]:
+    """The model of one of its image sizes as if it were trained for no other: its description and weights."""
+    patch_size = description.others.get(image_size, description.patch_size)
+    own = f"{SIZES}{patch_size}."
+    shared = {name: t for name, t in tensors.items() if not name.startswith(SIZES)}
+    renamed = {f"model.{name.removeprefix(own)}": t for name, t in tensors.items() if name.startswith(own)}
+    return replace(description, image_size=image_size, patch_size=patch_size, image_sizes=[]), shared | renamed
+
+
+def _write(folder: Path, description: Description, tensors: Mapping[str, Tensor]) -> None:
+    encoder = {name.removeprefix(ENCODER): t for name, t in tensors.items() if name.startswith(ENCODER)}
+    rest = {name: t for name, t in tensors.items() if not name.startswith(ENCODER)}
+    text = json.dumps(description.to_json(), indent=1, allow_nan=False)
+    save_tensors(encoder, folder / ENCODER_FILE, {"mmearth_ray": text})
+    if rest:
+        save_tensors(rest, folder / PRETRAINING_FILE)
+    (folder / CONFIG).write_text(text + "\n", encoding="utf-8")
+    (folder / CARD).write_text(model_card(description.to_json()), encoding="utf-8")
 
 
 def statistics_by_product(mean: np.ndarray, std: np.ndarray) -> dict[str, dict[str, list[float | None]]]:

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.serialization import add_safe_globals, clear_safe_globals, get_safe_globals, get_unsafe_globals_in_checkpoint
 
 from mmearth_ray.checkpoints.assemble import checked_tensors, input_of
-from mmearth_ray.checkpoints.folder import Description, Exported
+from mmearth_ray.checkpoints.folder import Description, Exported, alone
 from mmearth_ray.errors import DataError
 from mmearth_ray.files import complete_or_absent
 from mmearth_ray.model.published import to_published
@@ -159,14 +159,14 @@ def _plain(value: Any) -> Any:
 
 
 def export_published(source: Exported, path: Path) -> None:
-    """Write the published `.pth` of an exported model; importing it again gives the same.
+    """Write the published `.pth` of an exported model; importing it again gives the same, for `image_size` alone.
 
     The optimizer's state is not in it.  Raises DataError where the decoder is not there or the disk does not take it.
     """
-    description = source.description
+    description, tensors = alone(source.description, checked_tensors(source, whole=True), source.description.image_size)
     origin = description.origin.get("published", {})
     content = {
-        "model": to_published(checked_tensors(source, whole=True), description.targets),
+        "model": to_published(tensors, description.targets),
         "epoch": origin.get("epoch"),
         "args": argparse.Namespace(**origin.get("args", _arguments(description))),
         OURS: description.to_json(),

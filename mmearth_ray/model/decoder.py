@@ -32,12 +32,12 @@ class Decoder(nn.Module):
     ) -> None:
         super().__init__()
         self.patch_size = patch_size
-        maps = [m for m in targets if m.level is Level.PIXEL]
+        self.maps = tuple(m for m in targets if m.level is Level.PIXEL)
         scalars = [m for m in targets if m.level is Level.IMAGE]
         self.projection = nn.Linear(in_channels, width)
         self.mask_token = nn.Parameter(torch.zeros(width))
         self.blocks = nn.ModuleList(Block(width, grn_eps) for _ in range(depth))
-        self.pixel_heads = nn.ModuleDict({m.name: nn.Linear(width, patch_size**2 * m.width) for m in maps})
+        self.pixel_heads = nn.ModuleDict({m.name: nn.Linear(width, patch_size**2 * m.width) for m in self.maps})
         self.image_norm = LayerNorm(width) if scalars else None
         self.image_heads = nn.ModuleDict({m.name: nn.Linear(width, m.width) for m in scalars})
 
@@ -49,6 +49,13 @@ class Decoder(nn.Module):
             x_B1RSE = block(x_B1RSE, DenseLayout())
         x_BLE = x_B1RSE.flatten(1, 3)
         return self._maps(x_BLE, asked_BN) | self._scalars(x_BLE)
+
+    def resized(self, patch_size: int) -> "Decoder":
+        """The decoder for patches of another size: heads of maps of its own, all else and its weights shared with this one."""
+        other = Decoder(self.projection.in_features, patch_size, self.maps, self.projection.out_features, depth=0)
+        other.projection, other.mask_token, other.blocks = self.projection, self.mask_token, self.blocks
+        other.image_norm, other.image_heads = self.image_norm, self.image_heads
+        return other
 
     def _place(self, x_BVE: Tensor, visible_BV: Tensor, grid: tuple[int, int]) -> Tensor:
         """Visible tokens at their places, the mask token everywhere else: (B, L, E)."""

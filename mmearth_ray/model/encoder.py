@@ -83,7 +83,7 @@ class Encoder(nn.Module):
             raise ValueError(f"grn must be one of {', '.join(SCOPES)}; got '{grn}'")
         self.sparse_layout = sparse_layout(backend)
         self.patch_size = patch_size
-        self.width = dims[-1]
+        self.in_channels, self.dims, self.width = in_channels, dims, dims[-1]
         stride = patch_size // CELLS
         if stem == "modified":
             self.initial_conv = nn.ModuleList([ImageConv(in_channels, dims[0]), LayerNorm(dims[0])])
@@ -119,6 +119,24 @@ class Encoder(nn.Module):
                 x_BVQQD = block(x_BVQQD, layout)
             found.append(x_BVQQD)
         return found
+
+    @property
+    def sized(self) -> nn.Module:
+        """The layers that only fit patches of this size: the stem's convolution, whose kernel is its stride, and its norm."""
+        return self.stem if hasattr(self, "stem") else self.stem_orig
+
+    def resized(self, patch_size: int) -> "Encoder":
+        """The encoder for patches of another size: a stem of its own, all other layers and their weights shared with this one.
+
+        The norm after the stem's convolution is not shared, as it scales what just that convolution gives.  The 3x3 convolution
+        before it is: it sees pixels of the same ground size.
+        """
+        stem: Stem = "modified" if hasattr(self, "stem") else "original"
+        other = Encoder(self.in_channels, (0,) * len(self.dims), self.dims, patch_size, stem)
+        other.sparse_layout, other.downsample_layers, other.stages = self.sparse_layout, self.downsample_layers, self.stages
+        if stem == "modified":
+            other.initial_conv = self.initial_conv
+        return other
 
     def _layout(self, image_BCHW: Tensor, visible_BV: Tensor | None) -> Layout:
         height, width = image_BCHW.shape[2:]

@@ -3,7 +3,9 @@
 Shapes: B images, C bands, H x W pixels, V visible and N hidden patches, P pixels along the side of a patch.
 """
 
+import re
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -31,16 +33,24 @@ WIDE: dict[str, tuple[str, ...]] = {"uniform": (), "published": PUBLISHED_WIDE}
 # gradients by 1 / sqrt(eps) = 1000, and the first step would fill AdamW's second moments with that.
 FIRST_BIAS = ("encoder.initial_conv.0.bias", "encoder.stem_orig.0.bias")
 
+OF_A_SIZE = re.compile(r"^sizes\.\d+\.")  # how the names of parameters of further patch sizes begin
+
 DECODER_GRN_EPS = 1e-4  # published: the dense decoder's GRN has another eps than the sparse encoder's 1e-6
 
 
 class MPMAE(nn.Module):
-    """The encoder and the decoder, one after the other."""
+    """The encoder and the decoder, one after the other.
 
-    def __init__(self, encoder: Encoder, decoder: Decoder) -> None:
+    It can be trained with images of several sizes, in as many patches each: `others` are further patch sizes.  `sizes` holds
+    a model for each, which shares all layers and weights with this one but the stem and the heads of maps.  What is shared
+    keeps the name that it has without them; the others' own parameters are `sizes.PATCH.encoder...`, `sizes.PATCH.decoder...`.
+    """
+
+    def __init__(self, encoder: Encoder, decoder: Decoder, others: tuple[int, ...] = ()) -> None:
         super().__init__()
         self.encoder = encoder
         self.decoder = decoder
+        self.sizes = nn.ModuleDict({str(p): MPMAE(encoder.resized(p), decoder.resized(p)) for p in others})
 
     def forward(self, image_BCHW: Tensor, visible_BV: Tensor, hidden_BN: Tensor) -> dict[str, Tensor]:
         """Predictions by modality: maps (B, N, P P, outputs) at the patches `hidden_BN`, image level (B, outputs).
@@ -49,6 +59,15 @@ class MPMAE(nn.Module):
         """
         features_BVD = self.encoder(image_BCHW, visible_BV).flatten(1, 3)
         return self.decoder(features_BVD, visible_BV, hidden_BN, self.grid(image_BCHW))
+
+    def at(self, patch_size: int) -> "MPMAE":
+        """The model for images in patches of that size, one of its own or of `others`."""
+        return self if patch_size == self.encoder.patch_size else cast(MPMAE, self.sizes[str(patch_size)])
+
+    def idle(self, patch_size: int) -> list[nn.Parameter]:
+        """The parameters that images in patches of that size do not pass: stems and heads of the other sizes."""
+        others = [m for m in (self, *(self.at(int(p)) for p in self.sizes)) if m.encoder.patch_size != patch_size]
+        return [p for m in others for part in (m.encoder.sized, m.decoder.pixel_heads) for p in part.parameters()]
 
     def grid(self, image_BCHW: Tensor) -> tuple[int, int]:
         """Rows and columns of patches in an image."""
@@ -68,24 +87,28 @@ def build_mpmae(
     backend: Backend = "packed",
     decoder_width: int = 512,
     decoder_depth: int = 1,
+    others: tuple[int, ...] = (),
 ) -> MPMAE:
     """The model of a published size.  The defaults, width 512 and one block, are the published decoder's.
 
+    `others`: further patch sizes, for images of as many patches.
     Raises ValueError for an unknown size, a patch other than 8, 16 or 32, or an image that is not whole patches.
     """
     encoder = build_encoder(size, in_channels, patch_size, stem, grn, backend)
     check_image_size((image_size,), patch_size)
-    return with_decoder(encoder, targets, decoder_width, decoder_depth)
+    return with_decoder(encoder, targets, decoder_width, decoder_depth, others)
 
 
-def with_decoder(encoder: Encoder, targets: tuple[Modality, ...], width: int = 512, depth: int = 1) -> MPMAE:
-    """The pretraining model of an encoder."""
-    return MPMAE(encoder, Decoder(encoder.width, encoder.patch_size, targets, width, depth, DECODER_GRN_EPS))
+def with_decoder(
+    encoder: Encoder, targets: tuple[Modality, ...], width: int = 512, depth: int = 1, others: tuple[int, ...] = ()
+) -> MPMAE:
+    """The pretraining model of an encoder, and of `others`, further patch sizes."""
+    return MPMAE(encoder, Decoder(encoder.width, encoder.patch_size, targets, width, depth, DECODER_GRN_EPS), others)
 
 
 @torch.no_grad()
 def initialise(model: nn.Module, scheme: str, generator: torch.Generator) -> None:
-    """Set every parameter, in their order, from `generator`.
+    """Set every parameter, in their order, from `generator`; those of further patch sizes come last.
 
     | parameter                        | "uniform"             | "published"                                        |
     |----------------------------------|-----------------------|----------------------------------------------------|
@@ -101,7 +124,8 @@ def initialise(model: nn.Module, scheme: str, generator: torch.Generator) -> Non
     """
     if scheme not in WIDE:
         raise ValueError(f"there is no initialisation '{scheme}'; use one of {', '.join(WIDE)}")
-    for name, parameter in model.named_parameters():
+    for full_name, parameter in model.named_parameters():
+        name = OF_A_SIZE.sub("", full_name)
         if name.endswith("mask_token") or name in FIRST_BIAS:
             parameter.normal_(0.0, 0.02, generator=generator)
         elif parameter.ndim > 1:

@@ -1,12 +1,12 @@
 """python -m mmearth_ray.shards convert | synthesise | verify | inspect: make data sets, check them, look at them."""
 
 import sys
-from pathlib import Path
 from typing import Any
 
 from mmearth_ray.commands import Command, Program
 from mmearth_ray.errors import UsageError, run_command
 from mmearth_ray.progress import counted
+from mmearth_ray.storage import Location
 
 
 def _convert_settings() -> type:
@@ -15,7 +15,7 @@ def _convert_settings() -> type:
     return ConvertOptions
 
 
-def _convert(places: list[Path], options: Any) -> int:
+def _convert(places: list[Any], options: Any) -> int:
     from mmearth_ray.shards.convert import convert
 
     manifest = convert(places[0], places[1], options)
@@ -28,7 +28,7 @@ def _synthesise_settings() -> type:
     return SynthesiseOptions
 
 
-def _synthesise(places: list[Path], options: Any) -> int:
+def _synthesise(places: list[Location], options: Any) -> int:
     from mmearth_ray.shards.synthesise import synthesise
 
     manifest = synthesise(places[0], options)
@@ -47,7 +47,7 @@ def _verify_settings() -> type:
     return VerifyOptions
 
 
-def _verify(places: list[Path], options: Any) -> int:
+def _verify(places: list[Location], options: Any) -> int:
     from mmearth_ray.shards.verify import verify
 
     found = verify(places[0], options)
@@ -65,7 +65,7 @@ def _inspect_settings() -> type:
     return InspectOptions
 
 
-def _inspect(places: list[Path], options: Any) -> int:
+def _inspect(places: list[Location], options: Any) -> int:
     from mmearth_ray.shards.inspect import describe, draw
     from mmearth_ray.shards.manifest import load_manifest
 
@@ -81,13 +81,14 @@ def _inspect(places: list[Path], options: Any) -> int:
 PROGRAM = Program("python -m mmearth_ray.shards", __doc__ or "", {
     "convert": Command(
         ("RELEASE_DIR", "OUT"), "a published MMEarth release (HDF5, JSON) -> shards; a killed run continues where it stopped",
-        _convert_settings, _convert,
+        _convert_settings, _convert, urls=("OUT",),
     ),
-    "synthesise": Command(("OUT",), "a procedural Earth -> shards, without any download", _synthesise_settings, _synthesise),
+    "synthesise": Command(("OUT",), "a procedural Earth -> shards, without any download", _synthesise_settings, _synthesise,
+                          urls=("OUT",)),
     "verify": Command(("OUT",), "check every file and value against the manifest; exit code 1 if anything is wrong",
-                      _verify_settings, _verify),
+                      _verify_settings, _verify, urls=("OUT",)),
     "inspect": Command(("OUT",), "what a data set holds: coverage and statistics; figure=PATH draws a tile",
-                       _inspect_settings, _inspect),
+                       _inspect_settings, _inspect, urls=("OUT",)),
 })  # fmt: skip
 
 

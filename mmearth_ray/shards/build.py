@@ -6,9 +6,9 @@ is written and the records go.  A directory that holds another data set is refus
 
 import hashlib
 import json
-import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,9 +25,9 @@ from mmearth_ray.progress import ProgressLine, duration
 from mmearth_ray.shards.manifest import MANIFEST, Manifest, load_manifest
 from mmearth_ray.shards.schema import TileBlock
 from mmearth_ray.shards.write import ShardRecord, write_shard
+from mmearth_ray.storage import REQUESTS, Location, exists, is_file, names, read_bytes, remove, sizes
 
 BUILDING = ".building"
-ROW_GROUP = 32
 
 
 class TileSource(Protocol):
@@ -39,7 +39,7 @@ class TileSource(Protocol):
 
 
 def build(
-    out: Path,
+    out: Location,
     source: TileSource,
     *,
     name: str,
@@ -57,20 +57,20 @@ def build(
     """
     out = out.resolve()  # tasks on a joined cluster have another working directory
     plan = {**origin, "tiles": tiles, "tile_size": tile_size, "shard_rows": shard_rows, "compression": compression}
-    if (out / MANIFEST).exists():
+    if exists(out / MANIFEST):
         manifest = load_manifest(out)
         if manifest.origin != plan:
             raise DataError(f"{out} already holds another data set ({manifest.name}); choose another directory, or remove it")
-        shutil.rmtree(out / BUILDING, ignore_errors=True)
+        remove(out / BUILDING)
         return manifest
-    existed = out.exists()
+    existed = exists(out)
     records = _open(out, plan)
     jobs = {i: (start, min(start + shard_rows, tiles)) for i, start in enumerate(range(0, tiles, shard_rows))}
-    done = {i: record for i in jobs if (record := _finished(out, records, i))}
+    done = _finished(out, records, jobs)
     line = _Report(tiles, sum(record.rows for record in done.values()))
     try:
         for index, record in _run(out, source, {i: jobs[i] for i in jobs if i not in done}, tile_size, compression, workers):
-            atomic_text(records / f"{index:05d}.json", json.dumps(record.to_json()))
+            atomic_text(records / _record_name(index), json.dumps(record.to_json()))
             done[index] = record
             line.add(record.rows)
     except (DataError, UsageError):
@@ -81,26 +81,28 @@ def build(
         line.close()
     manifest = Manifest(out, name, tile_size, tuple(done[i] for i in sorted(done)), plan, release_statistics)
     manifest.save()
-    shutil.rmtree(records, ignore_errors=True)
+    remove(records)
     return manifest
 
 
-def _open(out: Path, plan: dict[str, Any]) -> Path:
+def _open(out: Location, plan: dict[str, Any]) -> Location:
     """The folder of records, with the plan in it.  Refuses a directory that holds anything else."""
     records, text = out / BUILDING, json.dumps(plan, sort_keys=True, indent=1)
-    if (records / "plan.json").exists():
-        if (records / "plan.json").read_text(encoding="utf-8") != text:
+    if exists(records / "plan.json"):
+        if read_bytes(records / "plan.json").decode() != text:
             raise DataError(f"{out} holds an unfinished data set of another origin; remove it, or choose another directory")
-        for left_over in out.glob(".part-*.tmp"):  # of writers that were killed
-            left_over.unlink(missing_ok=True)
+        for name in names(out):
+            if name.startswith(".part-") and name.endswith(".tmp"):  # of a writer that was killed
+                remove(out / name)
         return records
-    if out.exists() and not out.is_dir():
+    if is_file(out):
         raise DataError(f"{out} is a file; name a directory")
-    if out.exists() and any(p.name != BUILDING for p in out.iterdir()):
+    if set(names(out)) - {BUILDING}:
         raise DataError(f"{out} already holds other files; choose an empty or new directory")
-    existed = out.exists()
+    existed = exists(out)
     try:
-        records.mkdir(parents=True, exist_ok=True)
+        if isinstance(records, Path):
+            records.mkdir(parents=True, exist_ok=True)
         atomic_text(records / "plan.json", text)
     except OSError as error:
         raise DataError(write_failure(records, error)) from error
@@ -110,26 +112,39 @@ def _open(out: Path, plan: dict[str, Any]) -> Path:
     return records
 
 
-def _withdraw(out: Path, existed: bool) -> None:
-    """Leave `out` as it was found after a failure that came before the first shard."""
-    if any(out.glob("part-*.parquet")):
-        return
-    shutil.rmtree(out / BUILDING, ignore_errors=True)
-    if not existed:
-        with suppress(OSError):
+def _withdraw(out: Location, existed: bool) -> None:
+    """Leave `out` as it was found after a failure that came before the first shard, as far as that is possible."""
+    with suppress(OSError, DataError):
+        if any(name.startswith("part-") for name in names(out)):
+            return
+        remove(out / BUILDING)
+        if isinstance(out, Path) and not existed:
             out.rmdir()
 
 
-def _finished(out: Path, records: Path, index: int) -> ShardRecord | None:
-    with suppress(OSError, ValueError, TypeError):
-        record = ShardRecord(**json.loads((records / f"{index:05d}.json").read_text(encoding="utf-8")))
-        if (out / record.file).stat().st_size == record.bytes:
-            return record
-    return None
+def _finished(out: Location, records: Location, indices: Iterable[int]) -> dict[int, ShardRecord]:
+    """The records of the shards that are there already, of the size that they should have."""
+    held, recorded = sizes(out), sizes(records)
+    files = {index: name for index in indices if (name := _record_name(index)) in recorded}
+    with ThreadPoolExecutor(REQUESTS) as pool:
+        texts = pool.map(lambda name: read_bytes(records / name), files.values())
+        found = zip(files, map(_parsed, texts), strict=True)
+        return {index: record for index, record in found if record and held.get(record.file) == record.bytes}
+
+
+def _record_name(index: int) -> str:
+    return f"{index:05d}.json"
+
+
+def _parsed(text: bytes) -> ShardRecord | None:
+    try:
+        return ShardRecord(**json.loads(text))
+    except (ValueError, TypeError):
+        return None
 
 
 def _run(
-    out: Path, source: TileSource, jobs: dict[int, tuple[int, int]], tile_size: int, compression: str, workers: int
+    out: Location, source: TileSource, jobs: dict[int, tuple[int, int]], tile_size: int, compression: str, workers: int
 ) -> Iterator[tuple[int, ShardRecord]]:
     """Yield each shard's record as it is finished; with several workers the shards are Ray tasks."""
     write: Callable[..., ShardRecord] = _write
@@ -171,7 +186,9 @@ def _result(reference: Any) -> ShardRecord:
         ) from error
 
 
-def _write(out: Path, index: int, source: TileSource, start: int, stop: int, tile_size: int, compression: str) -> ShardRecord:
+def _write(
+    out: Location, index: int, source: TileSource, start: int, stop: int, tile_size: int, compression: str
+) -> ShardRecord:
     return write_shard(out / f"part-{index:05d}.parquet", source.blocks(start, stop), tile_size, compression)
 
 
@@ -179,8 +196,17 @@ def rows_per_shard(tile_size: int, megabytes: int) -> int:
     """Tiles of a shard of about that many (raw) megabytes, a whole number of row groups."""
     maps = [m for m in TABLE if m.level is Level.PIXEL]
     bytes_per_tile = tile_size * tile_size * sum(len(m.bands) * np.dtype(m.dtype).itemsize for m in maps)
-    groups = round(megabytes * 1e6 / bytes_per_tile / ROW_GROUP)
-    return ROW_GROUP * max(1, groups)
+    rows = rows_per_group(tile_size)
+    return rows * max(1, round(megabytes * 1e6 / bytes_per_tile / rows))
+
+
+def rows_per_group(tile_size: int) -> int:
+    """Tiles of a row group: 8 of 128 px, 16 of 64 px, where a band's chunk has 256 or 128 KB.
+
+    The row groups at the edges of a worker's share of a step are decoded by its neighbour as well, so they are as small as
+    they can be before the cost of a group itself shows (benchmarks/NOTES.md).
+    """
+    return min(32, max(4, 1024 // tile_size))
 
 
 def file_identity(path: Path) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from mmearth_ray.errors import DataError
 from mmearth_ray.modalities import PRODUCTS, TABLE, Kind, Level, Modality, Role
 from mmearth_ray.settings import key
-from mmearth_ray.shards.build import ROW_GROUP, build, file_identity, rows_per_shard
+from mmearth_ray.shards.build import build, file_identity, rows_per_group, rows_per_shard
 from mmearth_ray.shards.manifest import Manifest
 from mmearth_ray.shards.read import filler
 from mmearth_ray.shards.release import READ_ERRORS, Release, open_hdf5, open_release, read_failure
@@ -26,6 +26,7 @@ from mmearth_ray.shards.release_info import Rows
 from mmearth_ray.shards.schema import TileBlock, has_value
 from mmearth_ray.shards.stats import require_statistics, usable
 from mmearth_ray.shards.write import COMPRESSIONS, TRAINING_SPLIT, tally_valid
+from mmearth_ray.storage import Location
 
 DISPLACED = ("sentinel1", "aster", "dynamic_world", "canopy_height_eth", "esa_worldcover")
 """The layers that follow the Sentinel-2 cloud probability in the published export."""
@@ -64,8 +65,9 @@ class ReleaseTiles:
     def blocks(self, start: int, stop: int) -> Iterator[TileBlock]:
         """Tiles start..stop-1, a row group at a time.  Raises DataError naming the dataset and row, or the tile."""
         with open_hdf5(self.path) as file:
-            for first in range(start, stop, ROW_GROUP):
-                block = self._block(file, self.order[first : min(first + ROW_GROUP, stop)])
+            rows = rows_per_group(self.tile_size)
+            for first in range(start, stop, rows):
+                block = self._block(file, self.order[first : min(first + rows, stop)])
                 self._check_statistics(block)
                 yield block
 
@@ -132,7 +134,7 @@ class ReleaseTiles:
         require_statistics(self.statistics, tally_valid(block, tuple(lacking)), lacking, self.statistics_file)
 
 
-def convert(release_directory: Path, out: Path, options: ConvertOptions) -> Manifest:
+def convert(release_directory: Path, out: Location, options: ConvertOptions) -> Manifest:
     """Make a data set in `out` from a published release; an interrupted conversion continues where it stopped.
 
     Raises DataError if the release is incomplete or its parts do not fit together: before anything is written for what
@@ -140,7 +142,7 @@ def convert(release_directory: Path, out: Path, options: ConvertOptions) -> Mani
     not one-hot or not those of tile_info, values without statistics).  Finished shards then stay; if there are none yet,
     `out` is left as it was found.
     """
-    release_directory, out = release_directory.resolve(), out.resolve()  # tasks may have another working directory
+    release_directory = release_directory.resolve()  # tasks may have another working directory
     release = open_release(release_directory)
     rows = hold_out(release, options)
     for note in release.notes:

@@ -15,6 +15,7 @@ from mmearth_ray.settings import key
 from mmearth_ray.shards.manifest import Manifest, load_manifest
 from mmearth_ray.shards.read import filler, open_shard, read_block, shard_ids
 from mmearth_ray.shards.schema import TileBlock
+from mmearth_ray.storage import Location
 
 _SHOWN = ("name", "tiles", "tile_size")
 """Entries of a manifest's origin that the head shows in lines of their own."""
@@ -141,7 +142,7 @@ def tile_facts(block: TileBlock) -> dict[str, str]:
     }
 
 
-def draw(directory: Path, options: InspectOptions) -> str:
+def draw(directory: Location, options: InspectOptions) -> str:
     """Draw a tile into `options.figure` and return its id.  Raises DataError if there is no such tile, or no writing there."""
     from mmearth_ray.report.tile import draw_tile  # matplotlib is slow to load, and a table needs none
 

@@ -5,7 +5,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -14,9 +14,11 @@ from typing import Any
 from mmearth_ray.errors import DataError
 from mmearth_ray.files import atomic_text
 from mmearth_ray.modalities import TABLE, Modality, table_hash
+from mmearth_ray.patience import Absent
 from mmearth_ray.shards.schema import SCHEMA_VERSION
 from mmearth_ray.shards.stats import merge_tables, statistics_of
 from mmearth_ray.shards.write import ShardRecord
+from mmearth_ray.storage import Location, read_bytes
 
 MANIFEST = "manifest.json"
 
@@ -29,7 +31,7 @@ class Manifest:
     training split; `release_statistics` are those published with a release (null where there was none).
     """
 
-    directory: Path
+    directory: Location
     name: str
     tile_size: int
     shards: tuple[ShardRecord, ...]
@@ -39,18 +41,12 @@ class Manifest:
 
     @cached_property
     def statistics(self) -> dict[str, Any]:
-        return statistics_of(merge_tables(shard.moment_table() for shard in self.shards), self.table)
+        return joint_statistics([self])
 
     @cached_property
     def valid(self) -> dict[str, dict[str, int]]:
         """{variant: {column: valid values}} over all shards and splits."""
         return _total(shard.valid for shard in self.shards)
-
-    @cached_property
-    def training_counts(self) -> dict[str, dict[str, int]]:
-        """{variant: {column: valid training values}} of continuous bands: how many values `statistics` are made of."""
-        counts = ({v: {name: m.count for name, m in x.items()} for v, x in s.moment_table().items()} for s in self.shards)
-        return _total(counts)
 
     @property
     def rows(self) -> int:
@@ -78,6 +74,18 @@ class Manifest:
         atomic_text(self.directory / MANIFEST, json.dumps(self.to_json(), indent=1, allow_nan=False) + "\n")
 
 
+def joint_statistics(manifests: Sequence[Manifest]) -> dict[str, Any]:
+    """The statistics over the training split of those data sets together."""
+    tables = (shard.moment_table() for manifest in manifests for shard in manifest.shards)
+    return statistics_of(merge_tables(tables), manifests[0].table)
+
+
+def training_counts(manifests: Sequence[Manifest]) -> dict[str, dict[str, int]]:
+    """{variant: {column: valid training values}} of continuous bands: how many values their statistics are made of."""
+    tables = (shard.moment_table() for manifest in manifests for shard in manifest.shards)
+    return _total({v: {name: m.count for name, m in columns.items()} for v, columns in table.items()} for table in tables)
+
+
 def _total(counts: Iterable[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
     """The counts of {variant: {column: count}} added up."""
     total: dict[str, dict[str, int]] = {}
@@ -94,17 +102,19 @@ def digest_of(body: dict[str, Any]) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-def load_manifest(directory: Path, table: tuple[Modality, ...] = TABLE) -> Manifest:
+def load_manifest(directory: Location, table: tuple[Modality, ...] = TABLE) -> Manifest:
     """Read and check the manifest of a data set.
 
     Raises DataError if it is absent, damaged, of another schema version or of another table of modalities.
     """
     path = directory / MANIFEST
     try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise DataError(_why_absent(directory)) from error
-    except (OSError, ValueError) as error:
+        text = read_bytes(path)
+    except Absent as error:
+        raise DataError(_why_absent(directory, error)) from error
+    try:
+        body = json.loads(text.decode())
+    except ValueError as error:
         raise DataError(f"{path} cannot be read ({error}); restore it, or build the data set again") from error
     if not isinstance(body, dict):
         raise DataError(f"{path} is no manifest; restore it, or build the data set again")
@@ -126,7 +136,9 @@ def load_manifest(directory: Path, table: tuple[Modality, ...] = TABLE) -> Manif
     )
 
 
-def _why_absent(directory: Path) -> str:
+def _why_absent(directory: Location, error: Absent) -> str:
+    if not isinstance(directory, Path):
+        return f"{error}, so {directory} is no data set; name the prefix that `shards convert` wrote to"
     if not directory.is_dir():
         return f"there is no data set at {directory}; make one with `python -m mmearth_ray.shards convert RELEASE {directory}`"
     if (directory / ".building").is_dir():

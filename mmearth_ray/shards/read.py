@@ -1,23 +1,51 @@
 """Reading shards back as they were written: a row group becomes a block of tiles again, raw and with every column."""
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from upath import UPath
 
 from mmearth_ray.errors import DataError
 from mmearth_ray.modalities import TABLE, Kind, Level, Modality
 from mmearth_ray.shards.manifest import Manifest
 from mmearth_ray.shards.schema import METADATA_FIELDS, TileBlock
 from mmearth_ray.shards.write import ShardRecord
+from mmearth_ray.storage import Location, read_ranges, stamp
 
 
-def open_shard(path: Path) -> pq.ParquetFile:
-    """The shard's Parquet file.  Raises DataError if it is missing or damaged."""
+class RangeFile(io.RawIOBase):
+    """A remote file for readers that ask for some of its bytes only.  Raises Absent and DataError."""
+
+    def __init__(self, place: UPath) -> None:
+        self.place, self.size, self.position = place, stamp(place).size, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        self.position = offset + {io.SEEK_CUR: self.position, io.SEEK_END: self.size}.get(whence, 0)
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        stop = min(self.size, self.position + len(buffer))
+        (data,), _ = read_ranges(self.place, [(self.position, stop)])
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
+
+
+def open_shard(path: Location) -> pq.ParquetFile:
+    """The shard's Parquet file, of which only what is asked for is read.  Raises DataError if it is missing or damaged."""
     try:
-        return pq.ParquetFile(path)
+        return pq.ParquetFile(path if isinstance(path, Path) else pa.PythonFile(RangeFile(path), mode="r"))
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
 

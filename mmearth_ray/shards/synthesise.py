@@ -7,14 +7,13 @@ by any number of workers, and two runs with the same options write the same byte
 from collections.abc import Iterator
 from dataclasses import dataclass
 from datetime import date, timedelta
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from mmearth_ray import settings
 from mmearth_ray.modalities import TABLE
-from mmearth_ray.shards.build import ROW_GROUP, build, rows_per_shard
+from mmearth_ray.shards.build import build, rows_per_group, rows_per_shard
 from mmearth_ray.shards.earth import maps, optics, radar
 from mmearth_ray.shards.earth.climate import BLOCK_DEGREES, Climate, block_of, climate_at, columns_of
 from mmearth_ray.shards.earth.landscape import METRES_PER_DEGREE, ground_at
@@ -22,6 +21,7 @@ from mmearth_ray.shards.earth.noise import generator, hashed, key_of
 from mmearth_ray.shards.manifest import Manifest
 from mmearth_ray.shards.schema import TileBlock, has_value
 from mmearth_ray.shards.write import COMPRESSIONS
+from mmearth_ray.storage import Location
 
 NAME = "procedural-earth"
 GENERATOR = 1
@@ -56,10 +56,10 @@ class SynthesiseOptions:
     workers: int = settings.key(1, "processes that write shards", at_least=1)
 
 
-def synthesise(out: Path, options: SynthesiseOptions) -> Manifest:
+def synthesise(out: Location, options: SynthesiseOptions) -> Manifest:
     """Write `options.tiles` tiles of the procedural Earth into `out`; an interrupted call is continued by the same call.
 
-    Raises UsageError for an option out of bounds, DataError if `out` holds anything else or the disk does not take it.
+    Raises UsageError for an option out of bounds, DataError if `out` holds anything else or the disk or store does not take it.
     """
     settings.check(options)
     return build(
@@ -85,8 +85,9 @@ class ProceduralEarth:
 
     def blocks(self, start: int, stop: int) -> Iterator[TileBlock]:
         """Tiles start..stop-1, in blocks of at most a row group."""
-        for first in range(start, stop, ROW_GROUP):
-            yield _gather([self.tile(i) for i in range(first, min(first + ROW_GROUP, stop))])
+        rows = rows_per_group(self.size)
+        for first in range(start, stop, rows):
+            yield _gather([self.tile(i) for i in range(first, min(first + rows, stop))])
 
     def tile(self, index: int) -> dict[str, Any]:
         """One tile: its place, day and product, and `layers` in the stored dtype, maps (bands, H, W), vectors (bands,)."""

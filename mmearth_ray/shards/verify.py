@@ -8,7 +8,7 @@ import math
 import time
 from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +23,7 @@ from mmearth_ray.shards.read import open_shard, read_block, shard_ids
 from mmearth_ray.shards.schema import TileBlock, arrow_schema, has_value, validity
 from mmearth_ray.shards.stats import MomentTable, block_moments, merge_tables
 from mmearth_ray.shards.write import TRAINING_SPLIT, ShardRecord, tally_valid
+from mmearth_ray.storage import Absent, Location, at_hand, names
 
 RELATIVE_ERROR = 1e-9
 """Float64 moments may differ by this much when a later numpy adds the same numbers in another order."""
@@ -50,8 +51,11 @@ class Findings:
         return f"{counted(len(self.problems), 'problem')} in {size}" if self.problems else f"ok: {size}"
 
 
-def verify(directory: Path, options: VerifyOptions) -> Findings:
-    """Check a whole data set.  Raises DataError if its manifest is absent, damaged, or of another version or table."""
+def verify(directory: Location, options: VerifyOptions) -> Findings:
+    """Check a whole data set; a shard on a store is copied to this machine while it is checked.
+
+    Raises DataError if its manifest is absent, damaged, or of another version or table, or if its store does not answer.
+    """
     manifest = load_manifest(directory)
     found = Findings(manifest.rows, len(manifest.shards))
     found.problems += stray_files(manifest)
@@ -59,16 +63,11 @@ def verify(directory: Path, options: VerifyOptions) -> Findings:
     seen: dict[str, str] = {}
     line, started, done = ProgressLine(), time.monotonic(), 0
     for place, record in enumerate(manifest.shards):
-        damage = file_damage(manifest, record) or schema_damage(manifest, record)
-        if damage:
-            found.problems.append(f"{record.file}: {damage}")
-        else:
-            try:
-                found.problems += repeated_ids(manifest, record, seen)
-                if options.values:
-                    check_values(manifest, record, place in sampled, found)
-            except DataError as error:
-                found.problems.append(str(error) if record.file in str(error) else f"{record.file}: {error}")
+        try:
+            with at_hand(directory, [record.file]) as local:
+                check_shard(replace(manifest, directory=local), record, options.values, place in sampled, seen, found)
+        except Absent:
+            found.problems.append(f"{record.file}: is missing")
         done += record.rows
         rate = done / max(time.monotonic() - started, 1e-9)
         left = duration((manifest.rows - done) / max(rate, 1e-9))
@@ -83,20 +82,36 @@ def sample(shards: int, fraction: float) -> set[int]:
     return {int(place) for place in np.linspace(0, shards - 1, count)} if shards else set()
 
 
+def check_shard(
+    manifest: Manifest, record: ShardRecord, values: bool, statistics: bool, seen: dict[str, str], found: Findings
+) -> None:
+    """Check one shard in a local directory, adding what is wrong to `found` and its tile ids to `seen`."""
+    damage = file_damage(manifest, record) or schema_damage(manifest, record)
+    if damage:
+        found.problems.append(f"{record.file}: {damage}")
+        return
+    try:
+        found.problems += repeated_ids(manifest, record, seen)
+        if values:
+            check_values(manifest, record, statistics, found)
+    except DataError as error:
+        found.problems.append(str(error) if record.file in str(error) else f"{record.file}: {error}")
+
+
 # ---- files ----
 
 
 def stray_files(manifest: Manifest) -> Iterator[str]:
     """A line for everything in the directory that the manifest does not name."""
     known = {MANIFEST, *(record.file for record in manifest.shards)}
-    for path in sorted(manifest.directory.iterdir()):
-        if path.name not in known:
-            yield f"{path.name}: not in the manifest; remove it"
+    for name in names(manifest.directory):
+        if name not in known:
+            yield f"{name}: not in the manifest; remove it"
 
 
 def file_damage(manifest: Manifest, record: ShardRecord) -> str | None:
     """What is wrong with the shard's file as such, if anything: absent, another size, other bytes."""
-    path = manifest.directory / record.file
+    path = Path(manifest.directory / record.file)
     try:
         size = path.stat().st_size
         if size != record.bytes:

@@ -1,10 +1,10 @@
 """Writing one shard: blocks of tiles become row groups of a Parquet file that appears under its name only when complete."""
 
 import hashlib
+import os
 from collections import Counter
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,9 +14,17 @@ from mmearth_ray.files import complete_or_absent
 from mmearth_ray.modalities import PRODUCTS, TABLE, Level, Modality
 from mmearth_ray.shards.schema import METADATA_FIELDS, TileBlock, arrow_schema, to_record_batch, validity
 from mmearth_ray.shards.stats import ALL, Moments, MomentTable, block_moments, merge_tables
+from mmearth_ray.storage import Location
 
 TRAINING_SPLIT = "train"
 COMPRESSIONS = ("zstd", "lz4", "none")
+
+CONTENT = "mmearth_ray.content"
+"""Key of the footer's metadata that holds the digest of the rows."""
+
+TAIL = 8
+"""Bytes at the very end of a Parquet file: the footer's length (4 bytes, little-endian) and "PAR1" (Parquet format, "File
+format")."""
 
 
 @dataclass(frozen=True)
@@ -25,6 +33,8 @@ class ShardRecord:
 
     `valid[variant][column]`: valid values over all splits (the variant is the product, or "all").
     `present[modality]`: tiles that have the layer.  `moments[variant][column]`: over the training split only.
+    `content`: digest of the rows, which the footer repeats, so that whoever opens the file knows it for this one; `footer`: its
+    length in bytes.  Shards of earlier versions have neither.
     """
 
     file: str
@@ -38,6 +48,8 @@ class ShardRecord:
     present: dict[str, int]
     valid: dict[str, dict[str, int]]
     moments: dict[str, dict[str, list[float]]]
+    content: str = ""
+    footer: int = 0
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -50,23 +62,31 @@ class ShardRecord:
 
 
 def write_shard(
-    path: Path,
+    path: Location,
     blocks: Iterable[TileBlock],
     tile_size: int,
     compression: str = "zstd",
     table: tuple[Modality, ...] = TABLE,
 ) -> ShardRecord:
-    """Write the blocks, one row group each, and describe the shard.  Raises DataError if the disk does not take it."""
+    """Write the blocks, one row group each, and describe the shard.  Raises DataError if the disk or store does not take it."""
     tally = _Tally(table)
     with complete_or_absent(path) as temporary:
+        content = hashlib.blake2b(digest_size=16)
         with pq.ParquetWriter(temporary, arrow_schema(tile_size, table), **_parquet_options(compression, table)) as writer:
             for block in blocks:
                 tally.add(block)
-                writer.write_batch(to_record_batch(block, tile_size, table), row_group_size=len(block))
+                rows = to_record_batch(block, tile_size, table)
+                for column in rows.columns:
+                    for buffer in filter(None, column.buffers()):
+                        content.update(buffer)
+                writer.write_batch(rows, row_group_size=len(block))
+            writer.add_key_value_metadata({CONTENT: content.hexdigest()})
         with temporary.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
+            file.seek(-TAIL, os.SEEK_END)
+            footer = int.from_bytes(file.read(4), "little") + TAIL
         size = temporary.stat().st_size
-    return tally.record(path.name, size, digest)
+    return tally.record(path.name, size, digest, content.hexdigest(), footer)
 
 
 def _parquet_options(compression: str, table: tuple[Modality, ...]) -> dict[str, Any]:
@@ -75,6 +95,7 @@ def _parquet_options(compression: str, table: tuple[Modality, ...]) -> dict[str,
     return {
         "compression": compression,
         "use_dictionary": False,
+        "data_page_size": 1 << 28,  # a chunk is one page, so that a reader makes one array of it
         "write_statistics": scalars,  # the minimum and maximum of a map would store two whole maps per row group
         "write_page_checksum": True,  # a reader notices a flipped byte by itself
         "store_schema": True,
@@ -106,7 +127,7 @@ class _Tally:
             self.valid.setdefault(variant, Counter()).update(columns)
         self.moments = merge_tables([self.moments, block_moments(block, TRAINING_SPLIT, self.table)])
 
-    def record(self, file: str, size: int, digest: str) -> ShardRecord:
+    def record(self, file: str, size: int, digest: str, content: str, footer: int) -> ShardRecord:
         moments: dict[str, dict[str, list[float]]] = {
             variant: {column: [x.count, x.mean, x.m2, x.low, x.high] if x.count else [0] for column, x in columns.items()}
             for variant, columns in self.moments.items()
@@ -115,6 +136,7 @@ class _Tally:
             file=file, rows=sum(self.row_groups), bytes=size, sha256=digest, row_groups=self.row_groups,
             splits=dict(self.splits), products=dict(self.products), dates=list(self.dates) or [None, None],
             present=dict(self.present), valid={v: dict(c) for v, c in self.valid.items()}, moments=moments,
+            content=content, footer=footer,
         )  # fmt: skip
 
 

@@ -8,7 +8,9 @@ the row groups and yields finished batches.  Long runs are cut into windows of t
 import logging
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, cast
 
 import numpy as np
@@ -39,29 +41,54 @@ class Share:
     object_store_bytes: int
 
 
-def stream(source: Source, ranges: MicroBatches, *, tiles_per_task: int, read_ahead: int, share: Share) -> Iterator[Batch]:
-    """The batches of those position ranges, in order, prepared ahead by Ray Data tasks.
+def stream(
+    source: Source, ranges: MicroBatches, *, tiles_per_task: int, read_ahead: int, share: Share, window: int = TASKS_PER_WINDOW
+) -> Iterator[Batch]:
+    """The batches of those position ranges, in order, prepared ahead by Ray Data tasks, `window` of which make one dataset.
 
-    Raises DataError, as the task that met it put it, if a shard is missing or damaged.
+    The next window is begun before the last batches of one are taken, so that reading ahead goes on.  Raises DataError, as the
+    task that met it put it, if a shard is missing or damaged.
     """
-    per_task = max(1, tiles_per_task // ranges.micro_batch)
-    tasks = -(-len(ranges) // per_task)
+    tiles_per_task = max(tiles_per_task, source.tiles_held)
+    per_task = _batches_per_task(source, ranges, tiles_per_task)
     tiles_ahead = read_ahead * ranges.micro_batch + 2 * max(tiles_per_task, ranges.micro_batch)
-    per_tile = bytes_per_tile(source.spec)
+    per_tile = max(bytes_per_tile(spec) for spec in (source.spec, *source.turns))
     _configure(share, 2 * tiles_ahead * per_tile, ranges.micro_batch * per_tile)
-    for first in range(0, tasks, TASKS_PER_WINDOW):
-        count = min(TASKS_PER_WINDOW, tasks - first)
+
+    def begin(first: int) -> Iterator[Batch]:
+        count = min(window, tasks - first)
         task_numbers = ray.data.range(count, override_num_blocks=count)
-        dataset = task_numbers.map_batches(
-            cast(Any, _Prepare(source, ranges, first, per_task)),
-            batch_size=None,
-            num_cpus=min(1.0, share.cpus),
-        )
-        try:
-            for batch in dataset.iter_batches(batch_size=ranges.micro_batch, prefetch_batches=read_ahead, batch_format="numpy"):
-                yield cast(Batch, batch)
-        except RayError as error:
-            raise user_error(error) or error from error
+        prepare = cast(Any, _Prepare(source, ranges, first, per_task))
+        dataset = task_numbers.map_batches(prepare, batch_size=None, num_cpus=min(1.0, share.cpus))
+        found = dataset.iter_batches(batch_size=ranges.micro_batch, prefetch_batches=read_ahead, batch_format="numpy")
+        return cast(Iterator[Batch], iter(found))
+
+    tasks = -(-len(ranges) // per_task)
+    firsts = range(0, tasks, window)
+    try:
+        with ThreadPoolExecutor(1, "next-window") as pool:
+            current = begin(0) if firsts else iter(())
+            for first in firsts:
+                coming, left = None, min(window * per_task, len(ranges) - first * per_task)
+                for batch in current:
+                    left -= 1
+                    if coming is None and left <= read_ahead and first + window < tasks:
+                        coming = pool.submit(_begun, begin(first + window))
+                    yield batch
+                current = coming.result() if coming else iter(())
+    except RayError as error:
+        raise user_error(error) or error from error
+
+
+def _begun(batches: Iterator[Batch]) -> Iterator[Batch]:
+    """The same batches, of which the first has been made: until it is asked for, Ray Data does nothing."""
+    return chain([next(batches)], batches)
+
+
+def _batches_per_task(source: Source, ranges: MicroBatches, tiles_per_task: int) -> int:
+    """Where crops of several sizes take turns a task stays within a step, for Ray Data joins its small batches to a block."""
+    most = max(1, tiles_per_task // ranges.micro_batch)
+    return max(n for n in range(1, min(most, ranges.per_step) + 1) if ranges.per_step % n == 0) if source.turns else most
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,9 @@
 """The plan: which samples make step t, as a pure function of (group sizes, seed, t).
 
-An epoch is one global sequence: the row groups permuted by (seed, epoch), their chosen rows in order.  Positions count
-samples over all epochs, so nothing is dropped at an epoch's end.  Steps are 1-based: step t covers positions
-[(t - 1) G, t G) of global batch G, of which rank r of W takes its contiguous W-th part.  Resuming is starting at a step.
+An epoch is one global sequence: the row groups permuted by (seed, epoch), their chosen rows in order, or mixed within
+windows of so many row groups.  Positions count samples over all epochs, so nothing is dropped at an epoch's end.  Steps are
+1-based: step t covers positions [(t - 1) G, t G) of global batch G, of which rank r of W takes its contiguous W-th part.
+Resuming is starting at a step.
 """
 
 from collections.abc import Iterator
@@ -14,22 +15,26 @@ import numpy as np
 from mmearth_ray.stream.draws import permutation
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Slice:
-    """Chosen rows first..last-1 of one row group, in the given epoch."""
+    """Samples of one row group, in the given epoch.  `rows`: which of its chosen rows, int64."""
 
     epoch: int
     group: int
-    first: int
-    last: int
+    rows: np.ndarray
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """The order of a data set's samples.  `group_sizes` (groups,): chosen rows of each row group, all at least 1."""
+    """The order of a data set's samples.
+
+    `group_sizes` (groups,): chosen rows of each row group, all at least 1.  `window`: consecutive row groups of an epoch
+    whose rows are mixed; with 1 they stay in order.
+    """
 
     group_sizes: np.ndarray
     seed: int
+    window: int = 1
 
     @property
     def samples(self) -> int:
@@ -43,15 +48,32 @@ class Plan:
             epoch, within = divmod(position, self.samples)
             order, ends = _epoch(self, epoch)
             place = int(np.searchsorted(ends, within, side="right"))
-            group = int(order[place])
-            size = int(self.group_sizes[group])
-            first = within - (int(ends[place]) - size)
-            last = min(size, first + stop - position)
-            yield Slice(epoch, group, first, last)
-            position += last - first
+            first = place // self.window * self.window
+            begin, end = _span(ends, first, first + self.window)
+            last = min(end, within + stop - position)
+            yield from self._window(epoch, order, ends, first, within - begin, last - begin)
+            position += last - within
+
+    def _window(self, epoch: int, order: np.ndarray, ends: np.ndarray, first: int, start: int, stop: int) -> Iterator[Slice]:
+        """Places start..stop-1 of the window that begins with the first-th group of the epoch."""
+        if self.window == 1:
+            yield Slice(epoch, int(order[first]), np.arange(start, stop))
+            return
+        begin, end = _span(ends, first, first + self.window)
+        places = begin + permutation(end - begin, "window", self.seed, epoch, first // self.window)[start:stop]
+        holders = np.searchsorted(ends, places, side="right")
+        cuts = np.flatnonzero(np.diff(holders)) + 1
+        for part in np.split(np.arange(len(places)), cuts):
+            holder = int(holders[part[0]])
+            yield Slice(epoch, int(order[holder]), places[part] - _span(ends, holder, holder + 1)[0])
 
 
-@lru_cache(maxsize=4)
+def _span(ends: np.ndarray, first: int, last: int) -> tuple[int, int]:
+    """Where the groups first..last-1 of an epoch begin and end in it."""
+    return int(ends[first - 1]) if first else 0, int(ends[min(last, len(ends)) - 1])
+
+
+@lru_cache(maxsize=16)
 def _epoch(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """The groups in the order of that epoch, and the position within the epoch at which each ends."""
     order = permutation(len(plan.group_sizes), "order", plan.seed, epoch)

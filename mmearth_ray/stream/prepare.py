@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from mmearth_ray.modalities import Kind, Level, Missing, Modality
+from mmearth_ray.stream import arrays
 from mmearth_ray.stream.draws import words
 from mmearth_ray.stream.reader import RowGroup
 
@@ -28,9 +29,7 @@ class SampleSpec:
     `missing`: whether missing pixels of continuous target maps count.
     """
 
-    dataset: str
     seed: int
-    tile_size: int
     image_size: int
     patch_size: int
     visible: int
@@ -53,11 +52,16 @@ class SampleSpec:
 
 @dataclass(frozen=True, eq=False)
 class Piece:
-    """Rows of a row group, in the given epoch: what one batch takes out of it."""
+    """Rows of a row group of a data set, in the given epoch: what one batch takes out of it."""
 
     group: RowGroup
     rows: np.ndarray
     epoch: int
+    dataset: str
+
+    @property
+    def ids(self) -> list[str]:
+        return [self.group.id[row] for row in self.rows.tolist()]
 
 
 def assemble(spec: SampleSpec, pieces: Sequence[Piece]) -> Batch:
@@ -67,8 +71,8 @@ def assemble(spec: SampleSpec, pieces: Sequence[Piece]) -> Batch:
     float32 (B, C), labels int16 (B,) with -1 for missing, and `<name>.present` bool (B,); `visible` (B, V) and `hidden`
     (B, N) int16 patch indices, ascending; `count` int64 (B, T); `product` int8 (B,); `id` (B,).
     """
-    ids = [piece.group.id[row] for piece in pieces for row in piece.rows]
-    drawn = [draw(spec, [piece.group.id[row] for row in piece.rows], piece.epoch) for piece in pieces]
+    ids = [tile for piece in pieces for tile in piece.ids]
+    drawn = [draw(spec, piece.ids, piece.epoch, piece.dataset, piece.group.tile_size) for piece in pieces]
     top, left, visible, hidden = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
     product = np.concatenate([piece.group.product[piece.rows] for piece in pieces])
     batch: Batch = {"id": np.array(ids), "product": product, "visible": visible, "hidden": hidden}
@@ -82,10 +86,12 @@ def assemble(spec: SampleSpec, pieces: Sequence[Piece]) -> Batch:
     return batch
 
 
-def draw(spec: SampleSpec, ids: list[str], epoch: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+def draw(
+    spec: SampleSpec, ids: list[str], epoch: int, dataset: str, tile_size: int
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """Crop offsets (top, left), each (B,), and visible (B, V) and hidden (B, N) patch indices of those tiles."""
-    room = spec.tile_size - spec.image_size + 1
-    drawn = np.stack([words(2 + spec.patches, "sample", spec.seed, epoch, spec.dataset, tile) for tile in ids])
+    room = tile_size - spec.image_size + 1
+    drawn = np.stack([words(2 + spec.patches, "sample", spec.seed, epoch, dataset, tile) for tile in ids])
     top, left = (drawn[:, :2] % np.uint64(room)).astype(np.int64).T
     order = np.argsort(drawn[:, 2:], axis=1, kind="stable").astype(np.int16)
     return top, left, np.sort(order[:, : spec.visible]), np.sort(order[:, spec.visible :])
@@ -105,7 +111,7 @@ def _crops(
 
 
 def _maps(spec: SampleSpec, m: Modality, pieces: Sequence[Piece], top: np.ndarray, left: np.ndarray) -> np.ndarray:
-    out = np.empty((len(top), len(m.bands), spec.image_size, spec.image_size), np.dtype(m.dtype))
+    out = arrays.empty((len(top), len(m.bands), spec.image_size, spec.image_size), m.dtype)
     for place, _, _, bands in _crops(spec, m, pieces, top, left):
         for band, crop in enumerate(bands):
             out[place, band] = crop
@@ -113,11 +119,10 @@ def _maps(spec: SampleSpec, m: Modality, pieces: Sequence[Piece], top: np.ndarra
 
 
 def _class_maps(spec: SampleSpec, m: Modality, pieces: Sequence[Piece], top: np.ndarray, left: np.ndarray) -> np.ndarray:
-    out = np.full((len(top), spec.image_size, spec.image_size), -1, np.int8)
+    out = arrays.empty((len(top), spec.image_size, spec.image_size), np.int8)
     labels = m.label_table().astype(np.int8)
     for place, group, row, (codes,) in _crops(spec, m, pieces, top, left):
-        if group.present[m.name][row]:
-            out[place] = labels[codes]
+        out[place] = labels.take(codes) if group.present[m.name][row] else -1
     return out
 
 
@@ -158,29 +163,32 @@ def _usable(spec: SampleSpec, modality: Modality, batch: Batch) -> np.ndarray:
 
 
 def _count_hidden(spec: SampleSpec, modality: Modality, batch: Batch) -> np.ndarray:
-    """One sample after the other, whose masks stay in the processor's cache."""
+    """One sample after the other, whose masks stay in the processor's cache; most lack nothing."""
     values, hidden = batch[modality.name], batch["hidden"]
-    continuous = modality.kind is Kind.CONTINUOUS
     full = hidden.shape[1] * spec.patch_size**2
-    if continuous and spec.missing == "mean":
+    if modality.kind is Kind.CATEGORICAL:
+        usable, holes = np.ones((len(values), 1), bool), _unlabelled
+        values = values[:, None]
+    elif spec.missing == "mean":
         return np.full(len(values), full * values.shape[1], np.int64)
-    usable = _usable(spec, modality, batch) if continuous else None
+    else:
+        usable, holes = _usable(spec, modality, batch), modality.holes
+    least = 2 if modality.name in spec.normalise_targets else 0
     counts = np.zeros(len(values), np.int64)
-    for sample, bands in enumerate(values):
-        if usable is None:
-            valid = (bands >= 0)[None]
-        elif usable[sample].all():
-            valid = modality.valid(bands)
+    for sample in np.flatnonzero(usable.any(1)).tolist():
+        bands = values[sample] if usable[sample].all() else values[sample, usable[sample]]
+        valid = holes(bands)
+        if valid is None:
+            counts[sample] = full * len(bands)
         else:
-            valid = modality.valid(bands[usable[sample]])
-        if valid.all():
-            counts[sample] = full * len(valid)
-        else:
-            per_patch = _per_patch(valid, spec.patch_size)
-            if modality.name in spec.normalise_targets:
-                per_patch[per_patch < 2] = 0
-            counts[sample] = per_patch[hidden[sample]].sum()
+            per_patch = _per_patch(valid, spec.patch_size)[hidden[sample]]
+            counts[sample] = per_patch[per_patch >= least].sum()
     return counts
+
+
+def _unlabelled(labels: np.ndarray) -> np.ndarray | None:
+    """Where class maps have labels, or None where they have one everywhere."""
+    return None if labels.min() >= 0 else labels >= 0
 
 
 def _per_patch(valid: np.ndarray, patch_size: int) -> np.ndarray:

@@ -1,16 +1,15 @@
-"""The reader: one row group of a shard -> arrays of its used columns, raw and without a copy of any map."""
+"""The reader: one row group of a shard -> arrays of its used columns, raw; maps are views of what was decompressed."""
 
 from dataclasses import dataclass
-from functools import lru_cache
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmearth_ray.errors import DataError
 from mmearth_ray.modalities import PRODUCTS, Kind, Level, Modality
 from mmearth_ray.shards.schema import column_type
+from mmearth_ray.stream.pages import read_values
+from mmearth_ray.stream.shard import LOCAL, Fetched, Reading, Shard, fetch
 
 
 @dataclass(frozen=True)
@@ -18,13 +17,16 @@ class RowGroup:
     """A row group in memory: n tiles of H x W px.
 
     `columns`: by shard column, maps (n, H, W) in the stored dtype, vectors' components (n,) float32, labels (n,) int16
-    with -1 for unknown.  `present` by modality, bool (n,).  `product` int8 (n,) indexes PRODUCTS.
+    with -1 for unknown.  `present` by modality, bool (n,).  `product` int8 (n,) indexes PRODUCTS.  `faults`: requests to a
+    store that failed before the bytes came.
     """
 
     id: list[str]
     product: np.ndarray
     columns: dict[str, np.ndarray]
     present: dict[str, np.ndarray]
+    tile_size: int
+    faults: int = 0
 
 
 def used_columns(modalities: tuple[Modality, ...]) -> list[str]:
@@ -35,41 +37,60 @@ def used_columns(modalities: tuple[Modality, ...]) -> list[str]:
     return names
 
 
-def read_group(path: Path, group: int, tile_size: int, modalities: tuple[Modality, ...]) -> RowGroup:
+def read_group(
+    shard: Shard, group: int, tile_size: int, modalities: tuple[Modality, ...], reading: Reading = LOCAL
+) -> RowGroup:
     """Read the used columns of one row group.  Raises DataError if the shard is missing, damaged or of another schema."""
     try:
-        table = _open(path).read_row_group(group, columns=used_columns(modalities), use_threads=False)
-        batch = table.combine_chunks()
+        fetched = fetch(shard, [group], used_columns(modalities), reading)
+    except LookupError as error:
+        raise unreadable(shard, group, error) from error
+    return decode(fetched, shard, group, tile_size, modalities)
+
+
+def decode(fetched: Fetched, shard: Shard, group: int, tile_size: int, modalities: tuple[Modality, ...]) -> RowGroup:
+    """The arrays of a row group whose bytes were fetched.  Raises DataError if they are damaged or of another schema."""
+    try:
+        rows = fetched.footer.metadata.row_group(group).num_rows
+        nullable = [m.columns[0] for m in modalities if m.level is Level.IMAGE and m.kind is Kind.CATEGORICAL]
+        table = fetched.file().read_row_group(group, columns=["id", "product", *nullable], use_threads=False)
+        columns: dict[str, np.ndarray] = {}
+        for m in modalities:
+            wanted = column_type(m, tile_size)
+            for name in m.columns:
+                found = fetched.footer.types[name]
+                if found != wanted:
+                    raise ValueError(f"{name} is {found}, not {wanted}")
+                columns[name] = (_labels(table, name) if name in nullable
+                                 else _numbers(fetched, group, name, m, tile_size, rows))  # fmt: skip
         return RowGroup(
-            id=batch.column("id").to_pylist(),
-            product=np.array([PRODUCTS.index(p) for p in batch.column("product").to_pylist()], np.int8),
-            columns={
-                name: _values(name, batch.column(name).chunk(0), modality, tile_size)
-                for modality in modalities
-                for name in modality.columns
-            },
-            present={m.name: batch.column(m.present_column).to_numpy() for m in modalities},
+            id=table.column("id").to_pylist(),
+            product=np.array([PRODUCTS.index(p) for p in table.column("product").to_pylist()], np.int8),
+            columns=columns,
+            present={m.name: _required(fetched, group, m.present_column, rows, np.dtype(bool)) for m in modalities},
+            tile_size=tile_size,
+            faults=fetched.faults,
         )
-    except FileNotFoundError as error:
-        raise DataError(f"the shard {path} is missing; restore it, or build the data set again") from error
-    except (OSError, pa.ArrowException, KeyError, ValueError, IndexError) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"cannot read row group {group} of {path} ({reason}); `shards verify` tells more") from error
+    except (OSError, pa.ArrowException, LookupError, ValueError) as error:
+        raise unreadable(shard, group, error) from error
 
 
-@lru_cache(maxsize=8)
-def _open(path: Path) -> pq.ParquetFile:
-    return pq.ParquetFile(path, page_checksum_verification=True)
+def unreadable(shard: Shard, group: int, error: Exception) -> DataError:
+    reason = " ".join(str(error).split())[:200]
+    return DataError(f"cannot read row group {group} of {shard.place} ({reason}); `shards verify` tells more")
 
 
-def _values(name: str, column: pa.Array, modality: Modality, tile_size: int) -> np.ndarray:
-    if column.type != column_type(modality, tile_size):
-        raise ValueError(f"{name} is {column.type}, not {column_type(modality, tile_size)}")
-    if modality.level is Level.PIXEL:
-        dtype = np.dtype(modality.dtype).newbyteorder("<")
-        start = column.offset * tile_size * tile_size * dtype.itemsize
-        flat = np.frombuffer(column.buffers()[1], dtype, len(column) * tile_size * tile_size, offset=start)
-        return flat.reshape(len(column), tile_size, tile_size)
-    if modality.kind is Kind.CATEGORICAL:
-        return column.fill_null(-1).to_numpy(zero_copy_only=False)
-    return column.to_numpy(zero_copy_only=False)
+def _labels(table: pa.Table, name: str) -> np.ndarray:
+    return table.column(name).combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)
+
+
+def _numbers(fetched: Fetched, group: int, name: str, modality: Modality, tile_size: int, rows: int) -> np.ndarray:
+    """Maps (rows, H, W) or components of a vector (rows,)."""
+    dtype = np.dtype(modality.dtype).newbyteorder("<")
+    if modality.level is Level.IMAGE:
+        return _required(fetched, group, name, rows, dtype)
+    return _required(fetched, group, name, rows, np.dtype((dtype, (tile_size, tile_size))))
+
+
+def _required(fetched: Fetched, group: int, name: str, rows: int, dtype: np.dtype) -> np.ndarray:
+    return read_values(fetched.bytes_of(group, name), fetched.chunks[group, name].compression, rows, dtype)

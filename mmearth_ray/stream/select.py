@@ -8,16 +8,22 @@ Expressions have Python's form over id, split, product, date, latitude, longitud
 import ast
 import operator
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.shards.manifest import Manifest
+from mmearth_ray.shards.write import ShardRecord
+from mmearth_ray.storage import is_remote
+from mmearth_ray.stream.shard import LOCAL, Reading, Shard, fetch
+
+AT_ONCE = 16
+"""Shards of a store whose metadata is asked for at once."""
 
 COLUMNS = ("id", "split", "product", "date", "latitude", "longitude", "source")
 _COMPARE: dict[type, Callable[[Any, Any], Any]] = {
@@ -45,6 +51,11 @@ class Selection:
     ends: np.ndarray
 
     @property
+    def arrays(self) -> tuple[np.ndarray, ...]:
+        """All that tells which rows are chosen."""
+        return self.shard, self.group, self.rows, self.ends
+
+    @property
     def sizes(self) -> np.ndarray:
         return np.diff(self.ends, prepend=0)
 
@@ -54,15 +65,17 @@ class Selection:
         return self.rows[begin : int(self.ends[index])]
 
 
-def select(manifest: Manifest, where: str, key: str = "data.where") -> Selection:
+def select(manifest: Manifest, where: str, key: str = "data.where", reading: Reading = LOCAL) -> Selection:
     """The rows for which `where` holds; errors name it by its setting, `key`.
 
     Raises UsageError for an expression that cannot be read, DataError if a shard is missing or damaged.
     """
     condition = parse(where, key)
     shard, group, rows, counts = [], [], [], []
-    for index, record in enumerate(manifest.shards):
-        chosen = condition(_metadata(manifest.directory / record.file, record.rows))
+    with ThreadPoolExecutor(AT_ONCE if is_remote(manifest.directory) else 1, "metadata") as pool:
+        tables = pool.map(lambda record: _metadata(manifest, record, reading), manifest.shards)
+        chosen_rows = [condition(table) for table in tables]
+    for index, (record, chosen) in enumerate(zip(manifest.shards, chosen_rows, strict=True)):
         start = 0
         for number, size in enumerate(record.row_groups):
             hits = np.flatnonzero(chosen[start : start + size])
@@ -79,15 +92,16 @@ def select(manifest: Manifest, where: str, key: str = "data.where") -> Selection
     )  # fmt: skip
 
 
-def _metadata(path: Path, rows: int) -> dict[str, np.ndarray]:
+def _metadata(manifest: Manifest, record: ShardRecord, reading: Reading) -> dict[str, np.ndarray]:
+    shard = Shard.of(manifest.directory, record)
     try:
-        table = pq.read_table(path, columns=list(COLUMNS), use_threads=False)
-    except FileNotFoundError as error:
-        raise DataError(f"the shard {path} is missing; restore it, or build the data set again") from error
-    except (OSError, pa.ArrowException) as error:
-        raise DataError(f"the shard {path} is damaged ({_line(error)}); `shards verify` tells more") from error
-    if table.num_rows != rows:
-        raise DataError(f"the shard {path} has {table.num_rows} rows, its manifest says {rows}; build the data set again")
+        file = fetch(shard, range(len(record.row_groups)), COLUMNS, reading).file()
+        if file.metadata.num_rows != record.rows:
+            raise DataError(f"the shard {shard.place} has {file.metadata.num_rows} rows, its manifest says {record.rows}; "
+                            "build the data set again")  # fmt: skip
+        table = file.read(columns=list(COLUMNS), use_threads=False)
+    except (OSError, LookupError, pa.ArrowException) as error:
+        raise DataError(f"the shard {shard.place} is damaged ({_line(error)}); `shards verify` tells more") from error
     return {name: _array(table.column(name)) for name in COLUMNS}
 
 

@@ -31,6 +31,7 @@ def compile_checked(
 ) -> None:
     """Compile the objective in place, so that names of parameters stay, and compare it with itself on one micro-batch.
 
+    Of a model for several image sizes, that is for the micro-batch's size; others are compiled when they come.
     Raises DataError where the loss or a gradient differs by more than rounding explains; the objective is then as before.
     """
     names, parameters = zip(*objective.named_parameters(), strict=True)
@@ -41,7 +42,8 @@ def compile_checked(
         return float(loss.detach()), list(torch.autograd.grad(loss, parameters))
 
     plain_loss, plain = measure(objective.forward)
-    objective.compile(backend=backend)
+    if objective._compiled_call_impl is None:
+        objective.compile(backend=backend, dynamic=False if objective.model.sizes else None)
     try:
         loss, gradients = measure(objective)
         worst, name = _worst(names, gradients, plain)

@@ -56,6 +56,10 @@ class DDPEngine:
     """Every worker holds the whole model; gradients are all-reduced while the backward pass runs.
 
     Weights, moments and gradients are float32; with the precision "bf16" matrices and convolutions run in bfloat16 (autocast).
+
+    Of a model for several image sizes, a step trains what its own size passes.  Parameters of the other sizes are left alone:
+    weights, moments and the count of steps that corrects them stay as they are, without decay.  So a parameter's history is
+    that of the steps of its size, which the steps' numbers tell: the same for any number of workers, and after resuming.
     """
 
     def __init__(
@@ -65,6 +69,7 @@ class DDPEngine:
         self.device = device
         self.precision = precision
         self.to_compile = compiled
+        self.compiled_for: set[int] = set()
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
         self.healthy = torch.ones((), dtype=torch.bool, device=device)
         self.workers = dist.get_world_size() if dist.is_initialized() else 1
@@ -79,14 +84,17 @@ class DDPEngine:
 
     def backward(self, batch: dict[str, Tensor], totals: Tensor, share: float, *, last: bool) -> Tensor:
         """Add a micro-batch's gradients; on the step's last one they are summed over workers.  Returns sums (T,)."""
-        if self.to_compile:  # before DistributedDataParallel sees a first batch
-            self.to_compile = False
+        patch_size = self.module.patch_size(batch)
+        if self.to_compile and patch_size not in self.compiled_for:  # before DistributedDataParallel sees a first such batch
+            self.compiled_for.add(patch_size)
             compile_checked(self.module, batch, totals, share, precision=self.precision, autocast=self.autocast)
         waits = nullcontext() if last or not isinstance(self.forward, DistributedDataParallel) else self.forward.no_sync()
         with waits:
             with self.autocast():
                 loss, sums = self.forward(batch, totals, share)
             (loss * self.workers).backward()
+        for parameter in self.module.model.idle(patch_size) if last else ():
+            parameter.grad = None  # zero everywhere, on all workers; AdamW passes over parameters without one
         return sums
 
     @torch.no_grad()

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -17,7 +17,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from mmearth_ray.checkpoints.folder import read_tensors
 from mmearth_ray.config import learning_rate_of, micro_batch_of
 from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import Experiment, build_objective, fixed_settings, versions
@@ -75,7 +74,7 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
         raise RuntimeError(f"workers found different newest checkpoints in {experiment.run} (this one step {done})")
     if worker.rank == 0:
         cut_back(experiment.run, done)
-        checkpoint.clear_incoming(experiment.run)
+        checkpoint.clear_incoming(checkpoint.directory_of(config))
     _barrier()
     ranges = MicroBatches(
         done + 1, experiment.last_step, global_batch=config.train.global_batch,
@@ -149,7 +148,7 @@ def _step(engine: DDPEngine, batches: list[Batch], worker: Worker, rate: float, 
     log_variances = engine.module.log_variances
     weighed_with = None if log_variances is None else log_variances.detach().clone()
     tiles = sum(len(batch["id"]) for batch in batches) * worker.workers
-    return Found(errors, totals, weighed_with, engine.step(rate), tiles)
+    return Found(errors, totals, weighed_with, engine.step(rate), tiles, sum(int(batch["faults"].sum()) for batch in batches))
 
 
 def _require_finite(experiment: Experiment, sums: list[Sums], entries: list[dict[str, Any]], metrics: Journal | None) -> None:
@@ -185,7 +184,7 @@ def validate(experiment: Experiment, engine: DDPEngine, worker: Worker, held_out
     applied = torch.ones((), dtype=torch.bool, device=engine.device)
     found = Found(errors, engine.all_sum(counts), engine.module.log_variances, applied, tiles)
     (sums,), _ = fetch([found], engine)
-    return sums.report(experiment)
+    return sums.report(experiment.spec)
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
@@ -204,10 +203,9 @@ def _learning_rate(experiment: Experiment, step: int) -> float:
 
 def _restore(experiment: Experiment, engine: DDPEngine) -> int:
     """Load the newest checkpoint, or the weights to start from.  Returns the steps that are done."""
-    found = checkpoint.newest(experiment.run)
+    found = checkpoint.newest(checkpoint.directory_of(experiment.config))
     if found:
-        weights, moments = (read_tensors(found / f"{part}.safetensors") for part in ("model", "optimizer"))
-        engine.restore(weights, moments)
+        engine.restore(*checkpoint.load_tensors(found))
         return checkpoint.load_state(found).step
     if experiment.config.model.init:
         load_initial(engine.module, Path(experiment.config.model.init))
@@ -225,14 +223,15 @@ def _save(experiment: Experiment, engine: DDPEngine, worker: Worker, step: int, 
             settings=fixed_settings(experiment.config), identity=experiment.identity, versions=versions(),
             description=description_of(experiment, step).to_json(),
         )  # fmt: skip
-        checkpoint.save(experiment.run, state, engine.weights(), engine.moments(), experiment.config.checkpoint.keep)
+        folder, keep = checkpoint.directory_of(experiment.config), experiment.config.checkpoint.keep
+        checkpoint.save(folder, state, engine.weights(), engine.moments(), keep)
     _barrier()
 
 
 def _draw(experiment: Experiment, engine: DDPEngine, worker: Worker, step: int) -> None:
     """Rank 0 draws what the model makes of the first held-out (or training) tiles."""
     if worker.rank == 0 and experiment.config.figure.tiles:
-        source = experiment.held_out or experiment.source
+        source = experiment.held_out or replace(experiment.source, turns=())
         batch = next(source.batches([(0, min(experiment.config.figure.tiles, source.samples))]))
         draw_reconstructions(experiment, engine.module, batch, to_device(batch, engine.device), step)
 

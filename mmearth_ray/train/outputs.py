@@ -19,7 +19,10 @@ from mmearth_ray.stream.prepare import Batch, valid_mask
 
 
 def export_model(experiment: Experiment, weights: Mapping[str, Tensor], step: int) -> Path:
-    """Write `exported/`: the model's float32 weights, and all that is needed to feed it.  It appears whole or not at all."""
+    """Write `exported/`: the model's float32 weights, and all that is needed to feed it.  It appears whole or not at all.
+
+    Of a model for several image sizes, the folder holds a model for each of the others as well.
+    """
     return write_exported(experiment.run / EXPORTED, description_of(experiment, step), weights)
 
 
@@ -41,6 +44,7 @@ def description_of(experiment: Experiment, step: int) -> Description:
         dims=list(SIZES[model.size].dims),
         patch_size=model.patch_size,
         image_size=model.image_size,
+        image_sizes=list(model.image_sizes),
         stem=model.stem,
         grn=model.grn,
         input=entry.name,
@@ -56,7 +60,7 @@ def description_of(experiment: Experiment, step: int) -> Description:
         decoder_depth=model.decoder_depth,
         step=step,
         tiles_seen=step * experiment.config.train.global_batch,
-        data_set=experiment.spec.dataset,
+        data_set=experiment.source.name,
         origin={
             "settings": fixed_settings(experiment.config), "identity": experiment.identity, "versions": versions(),
         },

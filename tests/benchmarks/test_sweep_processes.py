@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from command import ENVIRONMENT, descendants, kill, wait_for
+from command import descendants, environment, kill, wait_for
 
 from benchmarks.sweep_store import read_all
 
@@ -23,7 +23,7 @@ def sweeping(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[str]
     fixed = ["shapes=[16/8]", "batches=[1]", "device=cpu", f"directory={directory}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "benchmarks.sweep", *fixed, *arguments],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT, cwd=ROOT, start_new_session=True,
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment(), cwd=ROOT, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),  # shells turn it off in the background
     )  # fmt: skip
     try:

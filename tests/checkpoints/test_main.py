@@ -105,6 +105,33 @@ def test_the_encoder_alone_is_a_folder_with_a_card(run: Run, tmp_path: Path) -> 
     assert json.loads((tmp_path / "encoder" / "config.json").read_text())["bands"][0] == "B1"
 
 
+def test_of_several_image_sizes_each_goes_out_by_itself_and_the_model_with_all(run: Run, tmp_path: Path) -> None:
+    make_data_set(tmp_path / "data", tiles=8, size=64)
+    train(tmp_path / "data", tmp_path / "run", "train.steps=2", "model.image_sizes=[32,64]")
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-00000002"
+    weights = load_file(checkpoint / "model.safetensors")
+
+    run("export", checkpoint, tmp_path / "all", "format=model")
+    run("export", checkpoint, tmp_path / "all", "format=model")  # what was there is an exported model, and replaced
+    for name in ("config.json", "encoder.safetensors", "pretraining.safetensors"):
+        for place in (name, f"patch-16/{name}"):
+            assert (tmp_path / "all" / place).read_bytes() == (tmp_path / "run" / "exported" / place).read_bytes()
+    assert open_exported(tmp_path / "all").tensors().keys() == weights.keys()
+
+    run("export", checkpoint, tmp_path / "encoder")
+    assert sorted(p.name for p in (tmp_path / "encoder").iterdir()) == ["README.md", "config.json", "encoder.safetensors"]
+    assert open_exported(tmp_path / "encoder").description.image_sizes == []
+
+    for source, prefix in ((checkpoint, "model."), (tmp_path / "run" / "exported" / "patch-16", "model.sizes.16.")):
+        pth, again = tmp_path / f"{source.name}.pth", tmp_path / f"{source.name}-again"
+        run("export", source, pth)
+        run("import", pth, again)
+        back, stem = open_exported(again), "encoder.stem.0.weight"
+        assert torch.equal(back.tensors()[f"model.{stem}"], weights[f"{prefix}{stem}"])
+        assert back.description.patch_size == (16 if "sizes" in prefix else 8)
+        assert not any("sizes" in name for name in back.tensors())
+
+
 def test_timm_names_where_the_structure_is_the_same(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     run("import", save(tmp_path / "a.pth", make_case({"stem": "original", "patch_size": 32}).state), tmp_path / "same")
     run("export", tmp_path / "same", tmp_path / "timm.safetensors")

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from command import ENVIRONMENT, SMALL, descendants, kill, ledger, losses, metrics, pretrain, pretraining, wait_for, workers_of
+from command import SMALL, descendants, environment, kill, ledger, losses, metrics, pretrain, pretraining, wait_for, workers_of
 from tiny_earth import make_data_set
 
 from mmearth_ray.modalities import tasks
@@ -140,7 +140,7 @@ def test_a_cluster_without_a_cpu_for_data_tasks_is_refused_instead_of_waited_for
         port = free.getsockname()[1]
     start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2", f"--port={port}"]
     quiet = ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats"]
-    cluster = subprocess.Popen([*start, *quiet], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=ENVIRONMENT)
+    cluster = subprocess.Popen([*start, *quiet], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
     try:
         assert cluster.stdout
         for line in cluster.stdout:

@@ -9,7 +9,7 @@ import pytest
 
 from mmearth_ray.errors import DataError
 from mmearth_ray.modalities import TABLE
-from mmearth_ray.shards.build import BUILDING, ROW_GROUP, build, file_identity, rows_per_shard
+from mmearth_ray.shards.build import BUILDING, build, file_identity, rows_per_group, rows_per_shard
 from mmearth_ray.shards.manifest import MANIFEST, Manifest
 from mmearth_ray.shards.read import filler
 from mmearth_ray.shards.schema import TileBlock
@@ -127,9 +127,10 @@ def test_it_never_touches_what_is_not_its_own(tmp_path: Path) -> None:
 def test_shards_are_whole_row_groups() -> None:
     for size in (64, 128):
         rows = rows_per_shard(size, 512)
-        assert rows % ROW_GROUP == 0
+        assert rows % rows_per_group(size) == 0
         assert 400e6 < rows * size * size * 71 < 600e6  # a tile has 71 bytes per pixel
-    assert rows_per_shard(128, 1) == ROW_GROUP
+    assert rows_per_shard(128, 1) == rows_per_group(128) == 8
+    assert [rows_per_group(size) for size in (8, 32, 64, 100, 256, 1024)] == [32, 32, 16, 10, 4, 4]
 
 
 def test_a_file_is_known_by_its_size_and_edges(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from release_fixture import write_release
 from mmearth_ray.errors import DataError
 from mmearth_ray.modalities import TABLE
 from mmearth_ray.shards.convert import ConvertOptions, convert
-from mmearth_ray.shards.manifest import MANIFEST, digest_of, load_manifest
+from mmearth_ray.shards.manifest import MANIFEST, digest_of, load_manifest, training_counts
 
 
 @pytest.fixture(scope="module")
@@ -36,12 +36,12 @@ def test_it_reads_back_as_it_was_written(data_set: Path) -> None:
 
 def test_training_counts_are_those_of_the_statistics(data_set: Path) -> None:
     manifest = load_manifest(data_set)
-    counts = manifest.training_counts
+    counts = training_counts([manifest])
     assert counts["all"]["lat.sin"] == 8
     for m in TABLE:
         for variant, bands in manifest.statistics.get(m.name, {}).items():
             assert [counts[variant][column] for column in m.columns] == [bands[band]["count"] for band in m.bands]
-    assert replace(manifest, shards=()).training_counts == replace(manifest, shards=()).valid == {}
+    assert training_counts([replace(manifest, shards=())]) == replace(manifest, shards=()).valid == {}
 
 
 def test_every_byte_of_it_is_under_its_digest(copy: Path) -> None:

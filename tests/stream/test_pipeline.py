@@ -1,6 +1,7 @@
 """The pipeline's settings for Ray Data: a batch travels as one block, and its scheduler rests while batches wait."""
 
 import time
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -16,15 +17,16 @@ from ray.data.block import BlockAccessor
 from tiny_earth import make_data_set
 
 from mmearth_ray.modalities import get, tasks
-from mmearth_ray.stream.pipeline import Breathe, Share, _configure
+from mmearth_ray.stream.pipeline import Breathe, Share, _batches_per_task, _configure
+from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.stream.prepare import SampleSpec, bytes_per_tile
 from mmearth_ray.stream.source import open_source
 
 
 @pytest.mark.parametrize("micro_batch", [1, 4, 12])
 def test_every_batch_becomes_one_block_that_is_neither_cut_nor_joined(micro_batch: int, tmp_path: Path) -> None:
-    spec = SampleSpec("tiny", 1, 32, 32, 8, 6, input=get("sentinel2").default_bands(), targets=tasks())
-    source = open_source(make_data_set(tmp_path, tiles=24, size=32), "", spec)
+    spec = SampleSpec(1, 32, 8, 6, input=get("sentinel2").default_bands(), targets=tasks())
+    source = open_source([make_data_set(tmp_path, tiles=24, size=32)], "", spec)
     before = DataContext.get_current().copy()
     try:
         _configure(Share(cpus=1, object_store_bytes=1 << 30), 1 << 30, micro_batch * bytes_per_tile(spec))
@@ -39,6 +41,42 @@ def test_every_batch_becomes_one_block_that_is_neither_cut_nor_joined(micro_batc
         assert block.num_rows() == micro_batch
         assert np.array_equal(block.to_numpy()["id"], batch["id"])
         assert not buffer.has_next()
+
+
+@pytest.mark.parametrize(("micro_batch", "tiles_per_task"), [(4, 64), (2, 6), (4, 4), (2, 64)])
+def test_no_block_holds_crops_of_two_sizes(micro_batch: int, tiles_per_task: int, tmp_path: Path) -> None:
+    """What Ray Data makes of each task's batches, and of the blocks of all tasks: the batches again."""
+    small = SampleSpec(1, 32, 8, 6, input=get("sentinel2").default_bands(), targets=tasks())
+    turns = (small, replace(small, image_size=64, patch_size=16))
+    source = open_source([make_data_set(tmp_path, tiles=12, size=64)], "", small, turns=turns, turn=12)
+    ranges = MicroBatches(1, 4, global_batch=12, workers=1, rank=0, micro_batch=micro_batch)
+    per_task = _batches_per_task(source, ranges, tiles_per_task)
+    assert per_task <= max(1, tiles_per_task // micro_batch)
+    batches = list(source.batches(ranges[i] for i in range(len(ranges))))
+    assert [batch["aster"].shape[-1] for batch in batches] == [size for size in (32, 64) * 2 for _ in range(12 // micro_batch)]
+    before = DataContext.get_current().copy()
+    try:
+        _configure(Share(cpus=1, object_store_bytes=1 << 30), 1 << 30, micro_batch * max(map(bytes_per_tile, turns)))
+        target = DataContext.get_current().target_max_block_size
+    finally:
+        DataContext._set_current(before)
+    found = []
+    for first in range(0, len(batches), per_task):
+        buffer = BlockOutputBuffer(OutputBlockSizeOption(target_max_block_size=target))
+        for batch in batches[first : first + per_task]:
+            buffer.add_batch(batch)
+            found += [BlockAccessor.for_block(block) for block in buffer.iter_ready_blocks()]
+        buffer.finalize()
+        found += [BlockAccessor.for_block(block) for block in buffer.iter_ready_blocks()]
+    assert all(block.num_rows() % micro_batch == 0 for block in found)  # so none is put together again in the worker
+    ids, shapes = [], []
+    for block in found:
+        arrays = block.to_numpy()
+        ids += arrays["id"].tolist()
+        assert arrays["sentinel2"].dtype == np.uint16
+        shapes += [arrays["sentinel2"].shape[1:]] * block.num_rows()
+    assert ids == [tile for batch in batches for tile in batch["id"].tolist()]
+    assert shapes == [batch["sentinel2"].shape[1:] for batch in batches for _ in range(micro_batch)]
 
 
 class Consumer:

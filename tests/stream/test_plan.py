@@ -11,12 +11,12 @@ SIZES = (3, 1, 5, 2, 8, 4, 1)
 Place = tuple[int, int, int]  # epoch, group, row
 
 
-def plan(*sizes: int, seed: int = 0) -> Plan:
-    return Plan(np.array(sizes or SIZES), seed)
+def plan(*sizes: int, seed: int = 0, window: int = 1) -> Plan:
+    return Plan(np.array(sizes or SIZES), seed, window)
 
 
 def places(pieces: list[Slice]) -> list[Place]:
-    return [(p.epoch, p.group, row) for p in pieces for row in range(p.first, p.last)]
+    return [(p.epoch, p.group, row) for p in pieces for row in p.rows.tolist()]
 
 
 def stretch(of: Plan, start: int, stop: int) -> list[Place]:
@@ -60,8 +60,8 @@ def test_a_range_touches_no_group_twice_within_an_epoch_and_cuts_only_at_its_end
         pieces = list(the_plan.slices(start, start + 17))
         assert len({(p.epoch, p.group) for p in pieces}) == len(pieces)
         for before, after in pairwise(pieces):
-            assert before.last == SIZES[before.group]
-            assert after.first == 0
+            assert before.rows[-1] == SIZES[before.group] - 1
+            assert after.rows[0] == 0
 
 
 def test_a_data_set_smaller_than_the_batch_repeats_epoch_by_epoch() -> None:
@@ -76,6 +76,35 @@ def test_a_data_set_smaller_than_the_batch_repeats_epoch_by_epoch() -> None:
 def test_a_plan_may_start_anywhere_without_what_came_before() -> None:
     late = stretch(plan(), 10**9, 10**9 + 50)
     assert late == stretch(plan(), 10**9 - 30, 10**9 + 50)[30:]
+
+
+@pytest.mark.parametrize("window", [2, 3, 7, 50])
+def test_a_window_mixes_the_rows_of_its_groups_and_of_no_others(window: int) -> None:
+    mixed, plain = plan(window=window), plan()
+    n = plain.samples
+    orders = set()
+    for epoch in range(4):
+        mine, ordered = (stretch(p, epoch * n, (epoch + 1) * n) for p in (mixed, plain))
+        groups = list(dict.fromkeys(group for _, group, _ in ordered))
+        start = 0
+        for first in range(0, len(groups), window):
+            stop = start + sum(SIZES[group] for group in groups[first : first + window])
+            assert sorted(mine[start:stop]) == sorted(ordered[start:stop])
+            start = stop
+        assert start == n
+        assert mine != ordered
+        orders.add(tuple(mine))
+    assert len({tuple((g, r) for _, g, r in order) for order in orders}) == 4
+
+
+@pytest.mark.parametrize("window", [2, 5])
+def test_any_range_of_a_mixed_plan_equals_its_single_positions(window: int) -> None:
+    the_plan = plan(2, 1, 3, 2, window=window)
+    end = 2 * the_plan.samples + 3
+    single = [stretch(the_plan, position, position + 1) for position in range(end)]
+    for start in range(end):
+        for stop in range(start, end + 1):
+            assert stretch(the_plan, start, stop) == [place for one in single[start:stop] for place in one]
 
 
 @pytest.mark.parametrize("global_batch", [12, 16])

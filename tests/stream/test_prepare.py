@@ -18,7 +18,7 @@ ALL = (*tasks(), get("sentinel2_scl"))  # every level and kind that can be train
 
 
 def make_spec(**changes: object) -> SampleSpec:
-    spec = SampleSpec("set", 3, TILE, IMAGE, PATCH, VISIBLE, input=get("sentinel2").default_bands(), targets=ALL)
+    spec = SampleSpec(3, IMAGE, PATCH, VISIBLE, input=get("sentinel2").default_bands(), targets=ALL)
     return replace(spec, **changes)  # type: ignore[arg-type]
 
 
@@ -34,15 +34,15 @@ def make_group(tiles: int, seed: int = 0, valid_share: float = 0.7, absent: tupl
             data = rng.choice(codes, shape)
             columns[name] = np.where(rng.random(shape) < valid_share, data, rng.choice(fillers, shape)).astype(m.dtype)
         present[m.name] = np.zeros(tiles, bool) if m.name in absent else rng.random(tiles) < 0.8
-    return RowGroup([f"t{i}" for i in range(tiles)], (np.arange(tiles) % 2).astype(np.int8), columns, present)
+    return RowGroup([f"t{i}" for i in range(tiles)], (np.arange(tiles) % 2).astype(np.int8), columns, present, TILE)
 
 
 def prepare(spec: SampleSpec, group: RowGroup, rows: np.ndarray, epoch: int) -> Batch:
-    return assemble(spec, [Piece(group, rows, epoch)])
+    return assemble(spec, [Piece(group, rows, epoch, "set")])
 
 
 def box(spec: SampleSpec, tile: str, epoch: int) -> tuple[slice, slice]:
-    top, left, _, _ = draw(spec, [tile], epoch)
+    top, left, _, _ = draw(spec, [tile], epoch, "set", TILE)
     return slice(top[0], top[0] + spec.image_size), slice(left[0], left[0] + spec.image_size)
 
 
@@ -72,15 +72,16 @@ def test_all_maps_of_a_sample_share_one_box_and_boxes_differ_between_samples() -
 
 
 def test_every_offset_of_the_crop_occurs() -> None:
-    top, left, _, _ = draw(make_spec(), [str(i) for i in range(400)], 0)
+    top, left, _, _ = draw(make_spec(), [str(i) for i in range(400)], 0, "set", TILE)
     room = TILE - IMAGE + 1
     assert set(top.tolist()) == set(left.tolist()) == set(range(room))
     assert len(set(zip(top.tolist(), left.tolist(), strict=True))) == room * room
 
 
 def test_box_and_mask_depend_on_seed_epoch_data_set_and_id_alone() -> None:
-    def drawn(spec: SampleSpec, ids: list[str], epoch: int) -> list[list[int]]:
-        return [np.concatenate([np.atleast_1d(part[i]) for part in draw(spec, ids, epoch)]).tolist() for i in range(len(ids))]
+    def drawn(spec: SampleSpec, ids: list[str], epoch: int, dataset: str = "set") -> list[list[int]]:
+        parts = draw(spec, ids, epoch, dataset, TILE)
+        return [np.concatenate([np.atleast_1d(part[i]) for part in parts]).tolist() for i in range(len(ids))]
 
     spec = make_spec()
     ids = [f"t{i}" for i in range(30)]
@@ -89,7 +90,7 @@ def test_box_and_mask_depend_on_seed_epoch_data_set_and_id_alone() -> None:
     assert [drawn(spec, [tile], 2)[0] for tile in ids] == first
     others = make_spec(targets=(get("month"),), input=get("aster"), normalise_targets=frozenset({"aster"}))
     assert drawn(others, ids, 2) == first
-    for other in (drawn(replace(spec, seed=4), ids, 2), drawn(spec, ids, 3), drawn(replace(spec, dataset="tes"), ids, 2),
+    for other in (drawn(replace(spec, seed=4), ids, 2), drawn(spec, ids, 3), drawn(spec, ids, 2, "tes"),
                   drawn(spec, [tile + "0" for tile in ids], 2)):  # fmt: skip
         assert sum(a == b for a, b in zip(other, first, strict=True)) == 0
 
@@ -97,7 +98,7 @@ def test_box_and_mask_depend_on_seed_epoch_data_set_and_id_alone() -> None:
 def test_the_same_row_gives_the_same_arrays_in_any_batch() -> None:
     spec, group = make_spec(), make_group(12)
     whole = prepare(spec, group, np.arange(12), epoch=5)
-    parts = assemble(spec, [Piece(group, np.array(rows), 5) for rows in ([0, 1, 2], [3], [4, 5, 6, 7, 8, 9, 10, 11])])
+    parts = assemble(spec, [Piece(group, np.array(rows), 5, "set") for rows in ([0, 1, 2], [3], [4, 5, 6, 7, 8, 9, 10, 11])])
     assert whole.keys() == parts.keys()
     mixed = prepare(spec, group, np.array([9, 2, 2]), epoch=5)
     assert mixed["id"].tolist() == ["t9", "t2", "t2"]
@@ -109,7 +110,7 @@ def test_the_same_row_gives_the_same_arrays_in_any_batch() -> None:
 
 def test_visible_and_hidden_patches_are_a_partition_in_ascending_order() -> None:
     spec = make_spec()
-    _, _, visible, hidden = draw(spec, [str(i) for i in range(200)], 0)
+    _, _, visible, hidden = draw(spec, [str(i) for i in range(200)], 0, "set", TILE)
     assert visible.shape == (200, VISIBLE)
     assert hidden.shape == (200, spec.patches - VISIBLE)
     assert visible.dtype == hidden.dtype == np.int16

@@ -6,12 +6,13 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tiny_earth import make_block, make_data_set
+from tiny_earth import make_block, make_data_set, shard_at
 
 from mmearth_ray.errors import DataError
 from mmearth_ray.modalities import PRODUCTS, TABLE, Level, get, tasks
 from mmearth_ray.shards.schema import METADATA_FIELDS
 from mmearth_ray.stream.reader import read_group, used_columns
+from mmearth_ray.stream.shard import Shard
 
 SIZE = 8
 
@@ -26,7 +27,7 @@ def shard(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("group", [0, 1])
 def test_every_layer_comes_back_bit_for_bit(group: int, shard: Path) -> None:
     written = make_block(range(group * 8, group * 8 + 8), SIZE, 16)
-    found = read_group(shard, group, SIZE, TABLE)
+    found = read_group(shard_at(shard), group, SIZE, TABLE)
     assert found.id == written.id
     assert [PRODUCTS[p] for p in found.product.tolist()] == written.product
     for m in TABLE:
@@ -41,7 +42,7 @@ def test_every_layer_comes_back_bit_for_bit(group: int, shard: Path) -> None:
 
 
 def test_an_unknown_label_is_stored_as_null_and_read_as_minus_one(shard: Path) -> None:
-    labels = read_group(shard, 0, SIZE, (get("biome"),)).columns["biome"]
+    labels = read_group(shard_at(shard), 0, SIZE, (get("biome"),)).columns["biome"]
     stored = pq.ParquetFile(shard).read_row_group(0, columns=["biome"])["biome"].to_pylist()
     assert labels.tolist() == [-1 if label is None else label for label in stored]
 
@@ -59,7 +60,7 @@ def test_columns_that_are_not_used_are_not_read(tmp_path: Path) -> None:
     manifest = make_data_set(tmp_path, tiles=8, size=SIZE)
     shard = tmp_path / manifest.shards[0].file
     wanted = (get("aster").select(["slope"]), get("month"), get("biome"))
-    before = read_group(shard, 0, SIZE, wanted)
+    before = read_group(shard_at(shard), 0, SIZE, wanted)
     used = set(used_columns(wanted))
     data = bytearray(shard.read_bytes())
     garbled = 0
@@ -72,12 +73,12 @@ def test_columns_that_are_not_used_are_not_read(tmp_path: Path) -> None:
     assert garbled > len(METADATA_FIELDS)
     copy = tmp_path / "garbled.parquet"
     copy.write_bytes(data)
-    after = read_group(copy, 0, SIZE, wanted)
+    after = read_group(shard_at(copy), 0, SIZE, wanted)
     assert after.id == before.id
     for name in before.columns:
         assert np.array_equal(after.columns[name], before.columns[name])
     with pytest.raises(DataError, match="cannot read row group 0 of"):
-        read_group(copy, 0, SIZE, (get("aster"),))
+        read_group(shard_at(copy), 0, SIZE, (get("aster"),))
 
 
 @pytest.mark.parametrize("name", ["sentinel2.B4", "esa_worldcover.map", "era5.year_avg_temp", "id"])
@@ -88,9 +89,9 @@ def test_one_flipped_byte_of_a_page_is_noticed(name: str, shard: Path, tmp_path:
     data[chunk.data_page_offset + chunk.total_compressed_size - 3] ^= 0x10
     damaged = tmp_path / "damaged.parquet"
     damaged.write_bytes(data)
-    assert len(read_group(damaged, 0, SIZE, tasks()).id) == 8
+    assert len(read_group(shard_at(damaged), 0, SIZE, tasks()).id) == 8
     with pytest.raises(DataError) as caught:
-        read_group(damaged, 1, SIZE, tasks())
+        read_group(shard_at(damaged), 1, SIZE, tasks())
     message = str(caught.value)
     assert message.startswith(f"cannot read row group 1 of {damaged} (")
     assert "CRC checksum verification failed" in message
@@ -100,26 +101,26 @@ def test_one_flipped_byte_of_a_page_is_noticed(name: str, shard: Path, tmp_path:
 def test_a_missing_shard_is_named_with_the_remedy(tmp_path: Path) -> None:
     path = tmp_path / "part-7.parquet"
     with pytest.raises(DataError, match=f"the shard {path} is missing; restore it, or build the data set again"):
-        read_group(path, 0, SIZE, tasks())
+        read_group(Shard(path, 100, "", 0), 0, SIZE, tasks())
 
 
 def test_a_file_of_another_schema_is_refused(shard: Path, tmp_path: Path) -> None:
     other = tmp_path / "other.parquet"
     pq.write_table(pa.table({"id": ["1"], "product": ["l1c"]}), other)
     with pytest.raises(DataError, match=f"cannot read row group 0 of {other}"):
-        read_group(other, 0, SIZE, (get("month"),))
+        read_group(shard_at(other), 0, SIZE, (get("month"),))
     nonsense = tmp_path / "nonsense.parquet"
     nonsense.write_bytes(b"not a shard")
-    with pytest.raises(DataError, match=f"cannot read row group 0 of {nonsense}"):
-        read_group(nonsense, 0, SIZE, (get("month"),))
+    with pytest.raises(DataError, match=rf"the shard {nonsense} is damaged \("):
+        read_group(shard_at(nonsense), 0, SIZE, (get("month"),))
     with pytest.raises(DataError, match="cannot read row group 5 of"):
-        read_group(shard, 5, SIZE, (get("month"),))
+        read_group(shard_at(shard), 5, SIZE, (get("month"),))
 
 
 @pytest.mark.parametrize("size", [SIZE // 2, SIZE * 2])
 def test_tiles_of_another_size_are_refused_rather_than_misread(size: int, shard: Path) -> None:
     with pytest.raises(DataError, match=r"sentinel2.B1 is fixed_size_binary\[128\], not fixed_size_binary"):
-        read_group(shard, 0, size, (get("sentinel2"),))
+        read_group(shard_at(shard), 0, size, (get("sentinel2"),))
 
 
 def test_a_product_that_is_unknown_is_refused(tmp_path: Path) -> None:
@@ -128,4 +129,4 @@ def test_a_product_that_is_unknown_is_refused(tmp_path: Path) -> None:
     columns = {"id": ["1"], "product": ["l3"], m.present_column: [True]}
     pq.write_table(pa.table(columns | {name: np.zeros(1, np.float32) for name in m.columns}), path)
     with pytest.raises(DataError, match="cannot read row group 0 of"):
-        read_group(path, 0, SIZE, (m,))
+        read_group(shard_at(path), 0, SIZE, (m,))

@@ -193,8 +193,9 @@ def test_a_shard_that_is_another_file_is_refused(tmp_path: Path) -> None:
     manifest = make_data_set(tmp_path, tiles=8, size=8)
     shard = tmp_path / manifest.shards[0].file
     pq.write_table(pa.table({"id": ["1"]}), shard)
-    with pytest.raises(DataError, match=rf"the shard {shard} is damaged \(No match for FieldRef.Name\(split\)"):
-        select(manifest, "")
-    write_shard(shard, [make_block(range(3), 8, 3)], 8)
-    with pytest.raises(DataError, match=f"the shard {shard} has 3 rows, its manifest says 8; build the data set again"):
-        select(manifest, "")
+    for _ in range(2):
+        with pytest.raises(
+            DataError, match=rf"^the shard {shard} is not the one that the manifest describes \(its digest differs\)"
+        ):
+            select(manifest, "")
+        write_shard(shard, [make_block(range(1, 9), 8, 8)], 8)

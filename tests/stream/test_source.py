@@ -26,11 +26,11 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 def make_spec(image_size: int = 8) -> SampleSpec:
     targets = (get("sentinel1"), get("era5"), get("biome"), get("esa_worldcover"))
     entry = get("sentinel2").select(["B2", "B10"])
-    return SampleSpec("tiny", 1, tile_size=16, image_size=image_size, patch_size=4, visible=1, input=entry, targets=targets)
+    return SampleSpec(1, image_size=image_size, patch_size=4, visible=1, input=entry, targets=targets)
 
 
 def training(manifest: Manifest) -> Source:
-    return open_source(manifest, "split == 'train'", make_spec())
+    return open_source([manifest], "split == 'train'", make_spec())
 
 
 def steps(source: Source, first: int, last: int, workers: int, micro_batch: int) -> list[Batch]:
@@ -80,7 +80,7 @@ def test_every_epoch_streams_every_training_tile_once_in_another_order(manifest:
 def test_reading_may_start_at_any_step_even_in_the_middle_of_an_epoch(manifest: Manifest) -> None:
     whole = steps(training(manifest), 1, 8, workers=1, micro_batch=8)
     for first in (2, 4, 7):
-        later = steps(open_source(manifest, "split == 'train'", make_spec()), first, 8, workers=1, micro_batch=8)
+        later = steps(open_source([manifest], "split == 'train'", make_spec()), first, 8, workers=1, micro_batch=8)
         for one, other in zip(whole[first - 1 :], later, strict=True):
             assert_same(one, other)
 
@@ -103,33 +103,33 @@ def test_arrays_are_those_of_the_tile_of_that_id(manifest: Manifest) -> None:
 
 
 def test_only_tiles_that_satisfy_the_expression_are_streamed(manifest: Manifest) -> None:
-    source = open_source(manifest, "split == 'val' or id in ['3', '11']", make_spec())
+    source = open_source([manifest], "split == 'val' or id in ['3', '11']", make_spec())
     assert source.samples == 8
     batch = next(source.batches([(0, 8)]))
     assert sorted(batch["id"].tolist(), key=int) == ["3", "11", "44", "45", "46", "47", "48", "49"]
     with pytest.raises(NothingSelected, match=r"no tile of .* satisfies \"split == 'test'\"; `shards inspect` tells"):
-        open_source(manifest, "split == 'test'", make_spec())
+        open_source([manifest], "split == 'test'", make_spec())
     with pytest.raises(UsageError, match=r"^data\.validate_where: 'spilt' is no column"):
-        open_source(manifest, "spilt == 'test'", make_spec(), key="data.validate_where")
+        open_source([manifest], "spilt == 'test'", make_spec(), key="data.validate_where")
 
 
 def test_adjacent_ranges_read_each_row_group_once_an_epoch(manifest: Manifest, monkeypatch: pytest.MonkeyPatch) -> None:
     source, read = training(manifest), []
-    original = source_module.read_group
-    monkeypatch.setattr(source_module, "read_group", lambda path, group, *rest: read.append((path.name, group)) or original(
-        path, group, *rest))  # fmt: skip
+    original = source_module.decode
+    monkeypatch.setattr(source_module, "decode", lambda fetched, shard, group, *rest: read.append((shard.place.name, group))
+                        or original(fetched, shard, group, *rest))  # fmt: skip
     list(source.batches((start, start + 4) for start in range(0, 44, 4)))
-    assert len(read) == len(set(read)) == len(source.selection.sizes) == 7
+    assert len(read) == len(set(read)) == len(source.sets[0].selection.sizes) == 7
 
 
 def test_a_crop_larger_than_the_tiles_is_refused_with_the_largest_that_fits(manifest: Manifest) -> None:
     message = f"model.image_size=24 is larger than the 16 px tiles of {manifest.directory}; use at most 16"
     with pytest.raises(UsageError, match=message):
-        open_source(manifest, "", make_spec(image_size=24))
+        open_source([manifest], "", make_spec(image_size=24))
 
 
 def test_a_crop_as_large_as_the_tile_is_the_tile(tmp_path: Path) -> None:
-    source = open_source(make_data_set(tmp_path, tiles=4), "", make_spec(image_size=16))
+    source = open_source([make_data_set(tmp_path, tiles=4)], "", make_spec(image_size=16))
     batch = next(source.batches([(0, 4)]))
     for i, name in enumerate(batch["id"].tolist()):
         layer = make_block(range(int(name), int(name) + 1), 16, 4).layers["sentinel2"][0, [1, 10]]

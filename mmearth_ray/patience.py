@@ -1,0 +1,90 @@
+"""The patience with a store: which of its errors pass, how often it is asked again, and what is said in the end."""
+
+import errno
+import random
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+from mmearth_ray.errors import DataError
+
+T = TypeVar("T")
+
+LASTING = (
+    errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOSPC, errno.EDQUOT, errno.EINVAL, errno.ENOSYS, errno.ENAMETOOLONG,
+    getattr(errno, "EREMCHG", errno.EINVAL),
+)  # fmt: skip
+"""Errors that stay however often one asks; the last is how s3fs says that a bucket is in another region."""
+
+PASSING_BOTO = {"HTTPClientError", "ConnectionError", "IncompleteReadError"}
+"""botocore's errors on the way to a store; all its others are about settings and credentials."""
+
+
+class Absent(DataError):
+    """Nothing is stored at that place."""
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How often a store is asked, and the waits between: seconds, doubled from the first to the longest, with jitter."""
+
+    attempts: int = 8
+    first_wait: float = 0.2
+    longest_wait: float = 20.0
+
+    def wait(self, attempt: int) -> float:
+        return min(self.longest_wait, self.first_wait * 2**attempt) * random.uniform(0.5, 1.0)
+
+
+PATIENCE = Patience()
+
+
+def patiently(place: object, call: Callable[[], T], patience: Patience = PATIENCE) -> T:
+    """What `call` returns, asked again while faults are passing ones.
+
+    Raises Absent and DataError, in one line that names the place.
+    """
+    for attempt in range(patience.attempts):
+        try:
+            return call()
+        except Exception as error:
+            if not is_passing(error) or attempt + 1 == patience.attempts:
+                raise explained(place, error, attempt + 1) from error
+        time.sleep(patience.wait(attempt))
+    raise AssertionError("a store is asked at least once")
+
+
+def is_passing(error: Exception) -> bool:
+    """Whether asking again may help: not what is absent, forbidden or malformed, nor a mistake in a program."""
+    if isinstance(error, FileNotFoundError | PermissionError | FileExistsError | IsADirectoryError | NotADirectoryError):
+        return False
+    if isinstance(error, OSError):
+        return error.errno not in LASTING
+    kinds = {kind.__name__ for kind in type(error).__mro__}
+    if "BotoCoreError" in kinds:
+        return not kinds.isdisjoint(PASSING_BOTO)
+    return not isinstance(error, AssertionError | AttributeError | ImportError | LookupError | TypeError | ValueError)
+
+
+def explained(place: object, error: Exception, attempts: int) -> DataError:
+    """The error as one line on the place, what went wrong and what to do."""
+    if isinstance(error, DataError):
+        return error
+    reason = " ".join(str(getattr(error, "strerror", None) or error).split())[:200]
+    if " " not in reason and not (reason and isinstance(error, OSError)):  # a key, or nothing
+        reason = f"{type(error).__name__} {reason}".strip()
+    if isinstance(error, FileNotFoundError):
+        response = getattr(error.__cause__, "response", {})  # of botocore's error behind s3fs's
+        if response.get("Error", {}).get("Code") == "NoSuchBucket":
+            return Absent(f"the bucket of {place} does not exist; check its name, and AWS_ENDPOINT_URL if it is not on AWS")
+        return Absent(f"{place} does not exist")
+    if isinstance(error, PermissionError):
+        return DataError(f"{place}: access denied ({reason}); check the credentials and what they allow")
+    if "Credential" in type(error).__name__:
+        return DataError(f"{place}: there are no usable credentials ({reason}); set AWS_ACCESS_KEY_ID and "
+                         "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")  # fmt: skip
+    if not is_passing(error):
+        return DataError(f"{place} cannot be used ({reason}); check the URL and the settings of its store")
+    often = f" in {attempts} attempts" if attempts > 1 else ""
+    return DataError(f"{place} cannot be reached{often} ({reason}); run the command again once its store answers")
