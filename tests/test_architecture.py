@@ -261,8 +261,9 @@ def test_a_row_more_in_the_table_becomes_columns_statistics_heads_loss_and_count
 
     samples = [sample_of(objective, spec, batch, 1)]
     assert {"soil", "rock", "wind"} <= panels(build_reconstruction(samples, INVENTED, entry, PATCH, "invented"))
-    draw_reconstruction(extended.directory / "reconstruction.png", samples, INVENTED, entry, PATCH, "invented")
-    assert imread(extended.directory / "reconstruction.png").size
+    figure = Path(str(extended.directory)) / "reconstruction.png"
+    draw_reconstruction(figure, samples, INVENTED, entry, PATCH, "invented")
+    assert imread(figure).size
 
 
 def sample_of(objective: Objective, spec: SampleSpec, batch: Batch, place: int) -> dict[str, Any]:

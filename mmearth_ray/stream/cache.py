@@ -10,6 +10,8 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from isal import isal_zlib
+
 from mmearth_ray.errors import DataError
 from mmearth_ray.files import write_failure
 
@@ -19,6 +21,9 @@ FILL = 0.9
 
 SLACK = 0.005
 """Share of the limit that a process writes between two looks at what the directory holds."""
+
+CHECKSUM = 4
+"""Bytes at the end of an entry: the CRC-32 of what comes before."""
 
 _written: dict[str, int] = {}  # by directory: what this process wrote since it looked; -1 before the first look
 
@@ -31,11 +36,14 @@ class Cache:
     limit: int
 
     def get(self, *names: object) -> bytes | None:
-        """What is kept under those names, or None."""
+        """What is kept under those names, or None if that is nothing, or damaged."""
         path = self._path(names)
         try:
-            data = path.read_bytes()
+            kept = path.read_bytes()
         except OSError:
+            return None
+        data, checksum = kept[:-CHECKSUM], kept[-CHECKSUM:]
+        if checksum != _checksum(data):
             return None
         with suppress(OSError):
             os.utime(path)
@@ -46,14 +54,15 @@ class Cache:
 
         Raises DataError if the directory cannot be written or its disk is full.
         """
-        if len(data) > FILL * self.limit:
+        entry = data + _checksum(data)
+        if len(entry) > FILL * self.limit:
             return
         path = self._path(names)
         temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
-            self._make_room(len(data))
-            temporary.write_bytes(data)
+            self._make_room(len(entry))
+            temporary.write_bytes(entry)
             temporary.replace(path)
         except OSError as error:
             raise DataError(f"data.cache={self.directory}: {write_failure(path, error)}") from error
@@ -100,3 +109,7 @@ class Cache:
                         status = entry.stat()
                         found.append((status.st_mtime, status.st_size, Path(entry.path)))
         return found
+
+
+def _checksum(data: bytes) -> bytes:
+    return isal_zlib.crc32(data).to_bytes(CHECKSUM, "little")

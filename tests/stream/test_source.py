@@ -1,18 +1,25 @@
 """A source: the samples of a step are the same for any number of workers and from any starting point."""
 
+from dataclasses import replace
 from pathlib import Path
 
+import fsspec
 import numpy as np
 import pytest
+from s3_server import S3
 from tiny_earth import make_block, make_data_set
 
 from mmearth_ray.errors import UsageError
 from mmearth_ray.modalities import get
+from mmearth_ray.patience import Patience
 from mmearth_ray.shards.manifest import Manifest, load_manifest
+from mmearth_ray.storage import locate
 from mmearth_ray.stream import source as source_module
+from mmearth_ray.stream.cache import Cache
 from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.stream.prepare import Batch, SampleSpec
 from mmearth_ray.stream.select import NothingSelected
+from mmearth_ray.stream.shard import Reading
 from mmearth_ray.stream.source import Source, open_source
 
 GLOBAL_BATCH = 16  # of 44 training tiles, so that batches cross row groups and epochs
@@ -134,3 +141,125 @@ def test_a_crop_as_large_as_the_tile_is_the_tile(tmp_path: Path) -> None:
     for i, name in enumerate(batch["id"].tolist()):
         layer = make_block(range(int(name), int(name) + 1), 16, 4).layers["sentinel2"][0, [1, 10]]
         assert np.array_equal(batch["sentinel2"][i], layer)
+
+
+def mixed(*manifests: Manifest, weights: list[float] | None = None, window: int = 1) -> Source:
+    return open_source(manifests, "split == 'train'", make_spec(), weights=weights, window=window)
+
+
+@pytest.fixture(scope="module")
+def other(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
+    """A data set of the same name, whose ids are also those of the first one's tiles; its tiles are larger."""
+    return make_data_set(tmp_path_factory.mktemp("other"), tiles=20, size=24, row_group=6)
+
+
+def names(batches: list[Batch]) -> list[str]:
+    return [tile for batch in batches for tile in batch["id"].tolist()]
+
+
+@pytest.mark.parametrize("weights", [None, [1.0, 3.0]])
+@pytest.mark.parametrize("window", [1, 3])
+@pytest.mark.parametrize(("workers", "micro_batch"), [(2, 8), (4, 2), (16, 1)])
+def test_mixed_sets_give_the_same_steps_for_any_workers_from_any_step(
+    weights: list[float] | None, window: int, workers: int, micro_batch: int, manifest: Manifest, other: Manifest
+) -> None:
+    source = mixed(manifest, other, weights=weights, window=window)
+    alone = steps(source, 1, 9, workers=1, micro_batch=GLOBAL_BATCH)
+    again = mixed(manifest, other, weights=weights, window=window)
+    for one, another in zip(alone[3:], steps(again, 4, 9, workers, micro_batch), strict=True):
+        assert_same(one, another)
+
+
+def test_without_weights_each_tile_of_all_sets_comes_once_in_an_epoch_of_them_together(
+    manifest: Manifest, other: Manifest
+) -> None:
+    source = mixed(manifest, other)
+    assert source.samples == 64
+    first, second = (tiles.name for tiles in source.sets)
+    assert first == f"tiny@{manifest.digest[:8]}"
+    everything = {f"{first}/{i}" for i in range(44)} | {f"{second}/{i}" for i in range(20)}
+    ids = names(list(source.batches((start, start + 16) for start in range(0, 192, 16))))
+    for start in (0, 64, 128):
+        assert set(ids[start : start + 64]) == everything
+
+
+def test_with_weights_each_set_keeps_its_own_epochs_and_order(manifest: Manifest, other: Manifest) -> None:
+    source = mixed(manifest, other, weights=[1, 3])
+    ids = names(list(source.batches([(0, 400)])))
+    for tiles, alone in zip(source.sets, (mixed(manifest), mixed(other)), strict=True):
+        own = [tile.partition("/")[2] for tile in ids if tile.startswith(f"{tiles.name}/")]
+        assert own == names(list(alone.batches([(0, len(own))])))
+        assert len(own) == {manifest.digest: 100, other.digest: 300}[_digest(tiles.name, manifest, other)]
+
+
+def _digest(name: str, *manifests: Manifest) -> str:
+    return next(m.digest for m in manifests if m.digest.startswith(name.partition("@")[2]))
+
+
+def test_tiles_of_the_same_id_have_crops_and_masks_of_their_own_in_each_set(manifest: Manifest, other: Manifest) -> None:
+    """And a set in a mixture is cropped from its own tiles, whatever their size."""
+    source = mixed(manifest, other)
+    batch = next(source.batches([(0, 64)]))
+    drawn: dict[str, list[bytes]] = {}
+    for i, name in enumerate(batch["id"].tolist()):
+        set_name, _, tile = name.partition("/")
+        size, train = (16, 44) if _digest(set_name, manifest, other) == manifest.digest else (24, 20)
+        layer = make_block(range(int(tile), int(tile) + 1), size, train).layers["sentinel2"][0, [1, 10]]
+        windows = np.lib.stride_tricks.sliding_window_view(layer, (8, 8), axis=(1, 2))
+        assert (windows == batch["sentinel2"][i][:, None, None]).all((0, 3, 4)).sum() == 1
+        drawn.setdefault(tile, []).append(batch["visible"][i].tobytes())
+    twice = [found for found in drawn.values() if len(found) == 2]
+    assert len(twice) == 20
+    assert any(one != another for one, another in twice)
+
+
+def test_a_set_given_twice_is_refused(manifest: Manifest) -> None:
+    with pytest.raises(UsageError, match=f"data.shards names the data set {manifest.directory} twice"):
+        mixed(manifest, manifest)
+
+
+def test_a_set_without_a_chosen_tile_is_refused_unless_it_may_be_left_out(manifest: Manifest, other: Manifest) -> None:
+    with pytest.raises(NothingSelected, match=f"no tile of {other.directory} satisfies"):
+        open_source([manifest, other], "split == 'val'", make_spec())
+    held_out = open_source([other, manifest], "split == 'val'", make_spec(), skip_empty=True)
+    assert held_out.samples == 6
+    with pytest.raises(NothingSelected):
+        open_source([manifest, other], "split == 'test'", make_spec(), skip_empty=True)
+
+
+def test_a_set_smaller_than_the_batch_repeats_within_it(tmp_path: Path) -> None:
+    source = mixed(make_data_set(tmp_path, tiles=5, row_group=2))
+    ids = names(list(source.batches([(0, 16), (16, 32)])))
+    for start in range(0, 30, 5):
+        assert sorted(ids[start : start + 5]) == list("01234")
+
+
+def test_a_mixed_window_reads_no_row_group_twice_in_a_task_that_covers_it(
+    manifest: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, read = mixed(manifest, window=7), []
+    original = source_module.decode
+    monkeypatch.setattr(source_module, "decode", lambda fetched, shard, group, *rest: read.append((shard.place.name, group))
+                        or original(fetched, shard, group, *rest))  # fmt: skip
+    assert source.tiles_held == 44
+    ids = names(list(source.batches((start, start + 4) for start in range(0, 44, 4))))
+    assert sorted(map(int, ids)) == list(range(44))
+    assert len(read) == 7
+
+
+def test_a_store_gives_the_local_stream_with_and_without_a_cache(manifest: Manifest, s3: S3, tmp_path: Path) -> None:
+    place = locate(f"{s3.make_bucket()}/tiny", "data.shards")
+    for path in manifest.directory.iterdir():  # type: ignore[union-attr]
+        fsspec.filesystem("s3").put_file(str(path), f"{place.path}/{path.name}")
+    away = load_manifest(place)
+    s3.fail(slow_down=0.1, truncated=0.1, only="^GET", seed=5)
+    plain = Reading(Patience(first_wait=0.01))
+    for reading in (plain, replace(plain, cache=Cache(tmp_path, 60_000)), replace(plain, cache=Cache(tmp_path, 10**8))):
+        source = open_source([away], "split == 'train'", make_spec(), window=2, reading=reading)
+        found = list(source.batches((start, start + 16) for start in range(0, 96, 16)))
+        alone = mixed(manifest, window=2).batches((start, start + 16) for start in range(0, 96, 16))
+        faults = sum(int(batch.pop("faults").sum()) for batch in found)
+        for one, another in zip(found, alone, strict=True):
+            another.pop("faults")
+            assert_same(one, another)
+        assert faults > 0 or reading.cache
