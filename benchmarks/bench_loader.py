@@ -2,7 +2,8 @@
 
     python -m benchmarks.bench_loader [key=value ...]      --help lists the keys
 
-raw                  pyarrow reads the same column chunks of the same row groups, on one thread, and nothing else: the limit
+raw                  pyarrow reads the same column chunks of the same row groups, on one thread, and nothing else but verifying
+                     the pages' checksums, as the reader does: the limit
 reader               our reader: columns, class labels, crops, masks, valid counts
 processes            the same in plain processes that hand batches over through shared memory
 pipeline             the Ray Data pipeline as training uses it, in steady state; what processes are for is to compare with it
@@ -34,7 +35,8 @@ from benchmarks.record import circumstances, table, write
 from mmearth_ray import settings
 from mmearth_ray.errors import UsageError, run_command
 from mmearth_ray.settings import key
-from mmearth_ray.shards.convert import ConvertOptions, cpus
+from mmearth_ray.shards.build import compression_for
+from mmearth_ray.shards.convert import cpus
 from mmearth_ray.shards.write import COMPRESSIONS
 from mmearth_ray.stream.prepare import bytes_per_tile
 
@@ -48,7 +50,7 @@ class Options:
     shapes: list[str] = key(["112/16/128", "56/8/64"], "image, patch and tile size of each comparison, as IMAGE/PATCH/TILE")
     which: list[str] = key(list(WAYS), "ways to load", among=WAYS)
     compressions: list[str] = key(list(COMPRESSIONS), "of the shards for raw and reader", among=COMPRESSIONS)
-    compression: str = key(ConvertOptions().compression, "of the shards for everything else", among=COMPRESSIONS)
+    compression: str = key(compression_for(Path()), "of the shards for everything else", among=COMPRESSIONS)
     cores: list[int] = key([1, 2], "numbers of cores", at_least=1)
     batch: int = key(32, "tiles of a batch", at_least=1)
     warm: float = key(1.0, "seconds after the first batch that do not count", at_least=0)

@@ -44,7 +44,7 @@ class Options:
     rounds: int = key(3, "rounds", at_least=1)
     data: str = key("", "directory of shards, in place of synthetic ones")
     tiles: int = key(512, "synthetic tiles", at_least=1)
-    compression: str = key("zstd", "of the synthetic shards", among=COMPRESSIONS)
+    compression: str = key("auto", "of the synthetic shards", among=("auto", *COMPRESSIONS))
     extra: list[str] = key([], "further settings of the run, such as model.decoder_width=64")
     save: bool = key(True, "write the result to benchmarks/results/")
 
@@ -112,7 +112,9 @@ def shards(options: Options, tile: int) -> Iterator[Path]:
         return
     with TemporaryDirectory() as directory:
         made = SynthesiseOptions(tiles=options.tiles, size=tile, compression=options.compression, workers=os.cpu_count() or 1)
-        yield synthesise(Path(directory) / "shards", made).directory
+        folder = Path(directory) / "shards"
+        synthesise(folder, made)
+        yield folder
 
 
 def run_arguments(options: Options, data: Path, run: Path, image: int, patch: int) -> list[str]:

@@ -94,7 +94,8 @@ def measure(options: Options) -> list[dict[tuple[int, bool], Pace]]:
         data = Path(options.data)
         if not options.data:
             tile = next(tile for tile in (64, 128, 256) if tile >= options.image_size)
-            data = synthesise(Path(directory) / "shards", SynthesiseOptions(tiles=256, size=tile)).directory
+            data = Path(directory) / "shards"
+            synthesise(data, SynthesiseOptions(tiles=256, size=tile))
         rounds = []
         for _ in range(options.rounds):
             paces = {}

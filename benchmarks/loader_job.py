@@ -60,14 +60,14 @@ def consume(job: Job, rank: int, count: int) -> Taken:
 
 
 def _raw(job: Job, rank: int) -> Iterator[int]:
-    """Row groups, as pyarrow reads their used columns."""
+    """Row groups, as pyarrow reads their used columns and verifies the checksums of their pages, which our reader does too."""
     import pyarrow.parquet as pq
 
     from mmearth_ray.stream.reader import used_columns
 
     source = open_shards(job.data, job.image, job.patch)
     columns = used_columns(source.spec.modalities)
-    files = [pq.ParquetFile(str(shard.place)) for shard in source.sets[0].shards]
+    files = [pq.ParquetFile(str(shard.place), page_checksum_verification=True) for shard in source.sets[0].shards]
     groups = [(file, group) for file in files for group in range(file.num_row_groups)]
     for file, group in cycle(groups[rank:] + groups[:rank]):
         yield file.read_row_group(group, columns=columns, use_threads=False).num_rows

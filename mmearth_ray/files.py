@@ -91,7 +91,7 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_failure(path: Path, error: OSError) -> str:
+def write_failure(path: "Location", error: OSError) -> str:
     """One line on why a file could not be written, and what to do."""
     full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     if full:

@@ -242,7 +242,10 @@ def _listed(kind: type, layer: Any) -> Any:
     from omegaconf import OmegaConf
 
     for name, entry, _ in walk(kind):
-        if entry.type == list[str] and isinstance(value := OmegaConf.select(layer, name, throw_on_resolution_failure=False), str):
+        if entry.type != list[str]:
+            continue
+        value = OmegaConf.select(layer, name, throw_on_resolution_failure=False)
+        if isinstance(value, str):
             OmegaConf.update(layer, name, [value])
     return layer
 

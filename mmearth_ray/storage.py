@@ -70,7 +70,7 @@ def is_remote(place: Location) -> bool:
 
 def filesystem(place: UPath) -> Any:
     """The place's fsspec file system, the same object for all places of a store, which keeps its connections."""
-    system = place.fs
+    system: Any = place.fs
     if hasattr(system, "retries"):  # s3fs asks again by itself, uncounted
         system.retries = 1
     return system

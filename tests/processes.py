@@ -12,6 +12,7 @@ import torch.distributed as dist
 from mmearth_ray import config as configuration
 from mmearth_ray.config import Config
 from mmearth_ray.experiment import Experiment, open_experiment
+from mmearth_ray.storage import Location
 from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.stream.prepare import Batch
 from mmearth_ray.stream.source import Source
@@ -31,7 +32,7 @@ class Quiet:
         return self.last is not None and self.seen + 1 >= self.last
 
 
-def settings(shards: Path, run_directory: Path, *arguments: str) -> Config:
+def settings(shards: Location, run_directory: Path, *arguments: str) -> Config:
     """A configuration small enough for a test: atto on 32 px crops in 16 patches, no figure."""
     small = ["model.image_size=32", "train.global_batch=8", "train.steps=4", "figure.tiles=0", "model.decoder_width=32"]
     fixed = [f"data.shards={shards}", f"run.directory={run_directory}"]
@@ -42,7 +43,7 @@ def local_stream(source: Source, ranges: MicroBatches) -> Iterator[Batch]:
     return source.batches(ranges[i] for i in range(len(ranges)))
 
 
-def train(shards: Path, run_directory: Path, *arguments: str, stop_after: int | None = None) -> Experiment:
+def train(shards: Location, run_directory: Path, *arguments: str, stop_after: int | None = None) -> Experiment:
     """Train with one worker per `train.workers`, each a process unless there is only one.  Returns the experiment."""
     config = settings(shards, run_directory, *arguments)
     run_directory.mkdir(parents=True, exist_ok=True)
@@ -67,7 +68,7 @@ def train(shards: Path, run_directory: Path, *arguments: str, stop_after: int | 
     return open_experiment(config, shards)
 
 
-def _worker(config: Config, shards: Path, rank: int, store: str, stop_after: int | None) -> None:
+def _worker(config: Config, shards: Location, rank: int, store: str, stop_after: int | None) -> None:
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=config.train.workers)
     worker = Worker(rank, config.train.workers, torch.device("cpu"), 1)
     run(open_experiment(config, shards), worker, local_stream, Quiet(stop_after))

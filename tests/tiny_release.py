@@ -76,7 +76,8 @@ def row_group(experiment: Experiment) -> RowGroup:
 def samples(experiment: Experiment, tiles: list[int], group: RowGroup | None = None) -> Batch:
     """Those tiles, prepared, in that order."""
     group = group or row_group(experiment)
-    return assemble(experiment.spec, [Piece(group, np.array([group.id.index(str(tile)) for tile in tiles]), 0, experiment.source.name)])
+    rows = np.array([group.id.index(str(tile)) for tile in tiles])
+    return assemble(experiment.spec, [Piece(group, rows, 0, experiment.source.name)])
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ class ConvertOptions:
     seed: int = key(0, "of the shuffle of the rows and of the hold-out", at_least=0, at_most=2**63 - 1)
     shard_mb: int = key(128, "raw megabytes of a shard, before compression", at_least=1)
     shard_rows: int = key(0, "tiles of a shard; 0: as many as shard_mb gives", at_least=0)
-    compression: str = key("zstd", "of the shards", among=COMPRESSIONS)
+    compression: str = key("auto", "of the shards; auto: lz4 in a directory, zstd in a store", among=("auto", *COMPRESSIONS))
     statistics: str = key(
         "release", "release: also keep the published band statistics; manifest: only those computed from the shards",
         among=("release", "manifest"),

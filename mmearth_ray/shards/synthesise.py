@@ -51,7 +51,9 @@ class SynthesiseOptions:
     size: int = settings.key(64, "tile size in pixels of 10 m", at_least=16, at_most=256)
     seed: int = settings.key(0, "the world: another seed is another Earth", at_least=0)
     holdout: float = settings.key(0.125, "share of place blocks (28 km) whose tiles go to split val", at_least=0, below=1)
-    compression: str = settings.key("zstd", "compression of the shards", among=COMPRESSIONS)
+    compression: str = settings.key(
+        "auto", "of the shards; auto: lz4 in a directory, zstd in a store", among=("auto", *COMPRESSIONS)
+    )
     shard_mb: int = settings.key(64, "uncompressed megabytes per shard", at_least=1)
     workers: int = settings.key(1, "processes that write shards", at_least=1)
 

@@ -111,7 +111,7 @@ def stray_files(manifest: Manifest) -> Iterator[str]:
 
 def file_damage(manifest: Manifest, record: ShardRecord) -> str | None:
     """What is wrong with the shard's file as such, if anything: absent, another size, other bytes."""
-    path = Path(manifest.directory / record.file)
+    path = Path(str(manifest.directory / record.file))
     try:
         size = path.stat().st_size
         if size != record.bytes:

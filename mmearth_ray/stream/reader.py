@@ -8,7 +8,7 @@ import pyarrow as pa
 from mmearth_ray.errors import DataError
 from mmearth_ray.modalities import PRODUCTS, Kind, Level, Modality
 from mmearth_ray.shards.schema import column_type
-from mmearth_ray.stream.pages import read_values
+from mmearth_ray.stream.pages import read_labels, read_strings, read_values
 from mmearth_ray.stream.shard import LOCAL, Fetched, Reading, Shard, fetch
 
 
@@ -52,22 +52,18 @@ def decode(fetched: Fetched, shard: Shard, group: int, tile_size: int, modalitie
     """The arrays of a row group whose bytes were fetched.  Raises DataError if they are damaged or of another schema."""
     try:
         rows = fetched.footer.metadata.row_group(group).num_rows
-        nullable = [m.columns[0] for m in modalities if m.level is Level.IMAGE and m.kind is Kind.CATEGORICAL]
-        table = fetched.file().read_row_group(group, columns=["id", "product", *nullable], use_threads=False)
         columns: dict[str, np.ndarray] = {}
         for m in modalities:
             wanted = column_type(m, tile_size)
             for name in m.columns:
-                found = fetched.footer.types[name]
-                if found != wanted:
-                    raise ValueError(f"{name} is {found}, not {wanted}")
-                columns[name] = (_labels(table, name) if name in nullable
-                                 else _numbers(fetched, group, name, m, tile_size, rows))  # fmt: skip
+                if fetched.footer.types[name] != wanted:
+                    raise ValueError(f"{name} is {fetched.footer.types[name]}, not {wanted}")
+                columns[name] = _column(*fetched.chunk(group, name), m, tile_size, rows)
         return RowGroup(
-            id=table.column("id").to_pylist(),
-            product=np.array([PRODUCTS.index(p) for p in table.column("product").to_pylist()], np.int8),
+            id=read_strings(*fetched.chunk(group, "id"), rows),
+            product=np.array([PRODUCTS.index(p) for p in read_strings(*fetched.chunk(group, "product"), rows)], np.int8),
             columns=columns,
-            present={m.name: _required(fetched, group, m.present_column, rows, np.dtype(bool)) for m in modalities},
+            present={m.name: read_values(*fetched.chunk(group, m.present_column), rows, BOOL) for m in modalities},
             tile_size=tile_size,
             faults=fetched.faults,
         )
@@ -80,17 +76,14 @@ def unreadable(shard: Shard, group: int, error: Exception) -> DataError:
     return DataError(f"cannot read row group {group} of {shard.place} ({reason}); `shards verify` tells more")
 
 
-def _labels(table: pa.Table, name: str) -> np.ndarray:
-    return table.column(name).combine_chunks().fill_null(-1).to_numpy(zero_copy_only=False)
+BOOL = np.dtype(bool)
 
 
-def _numbers(fetched: Fetched, group: int, name: str, modality: Modality, tile_size: int, rows: int) -> np.ndarray:
-    """Maps (rows, H, W) or components of a vector (rows,)."""
+def _column(chunk: memoryview, compression: str, modality: Modality, tile_size: int, rows: int) -> np.ndarray:
+    """Maps (rows, H, W), components of a vector (rows,) or labels (rows,)."""
     dtype = np.dtype(modality.dtype).newbyteorder("<")
-    if modality.level is Level.IMAGE:
-        return _required(fetched, group, name, rows, dtype)
-    return _required(fetched, group, name, rows, np.dtype((dtype, (tile_size, tile_size))))
-
-
-def _required(fetched: Fetched, group: int, name: str, rows: int, dtype: np.dtype) -> np.ndarray:
-    return read_values(fetched.bytes_of(group, name), fetched.chunks[group, name].compression, rows, dtype)
+    if modality.level is Level.PIXEL:
+        return read_values(chunk, compression, rows, np.dtype((dtype, (tile_size, tile_size))))
+    if modality.kind is Kind.CATEGORICAL:
+        return read_labels(chunk, compression, rows)
+    return read_values(chunk, compression, rows, dtype)

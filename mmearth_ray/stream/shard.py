@@ -106,9 +106,10 @@ class Fetched(NamedTuple):
     held: "Held"
     faults: int
 
-    def bytes_of(self, group: int, column: str) -> memoryview:
-        """A column chunk."""
-        return self.held.part(*self.chunks[group, column][:2])
+    def chunk(self, group: int, column: str) -> tuple[memoryview, str]:
+        """The bytes of a column chunk, and their compression."""
+        start, stop, compression = self.chunks[group, column]
+        return self.held.part(start, stop), compression
 
     def file(self) -> pq.ParquetFile:
         """A Parquet file of what was fetched; other parts of it cannot be read."""

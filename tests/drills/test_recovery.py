@@ -22,7 +22,9 @@ RUN = (*SMALL, f"train.steps={STEPS}", "train.ledger=true", "checkpoint.every=5"
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data_set(tmp_path_factory.mktemp("data") / "tiny", tiles=90, size=40).directory
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    make_data_set(folder, tiles=90, size=40)
+    return folder
 
 
 @pytest.fixture(scope="module")
@@ -127,7 +129,7 @@ def test_a_shard_that_breaks_while_training_ends_the_run_with_one_line(tmp_path:
     content = bytearray(victim.read_bytes())
     for place in range(20_000, len(content) - 80_000, 5_000):
         content[place] ^= 0xFF  # past the first row group, before the footer: found only when the maps are read
-    victim.write_bytes(content)
+    victim.write_bytes(bytes(content))
     done = pretrain(*RUN, f"data.shards={data.directory}", f"run.directory={tmp_path / 'run'}")
     assert done.returncode == 1
     assert done.stderr.strip().splitlines()[-1].startswith("error: cannot read row group")

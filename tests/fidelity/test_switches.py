@@ -33,7 +33,9 @@ GLOBAL, WORKERS, MICRO = 8, 2, 2
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data_set(tmp_path_factory.mktemp("data") / "tiny", tiles=24, size=40).directory
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    make_data_set(folder, tiles=24, size=40)
+    return folder
 
 
 def test_the_published_mode_sets_these_switches_and_nothing_else() -> None:

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from mmearth_ray.stream.pages import read_values
+from mmearth_ray.stream.pages import read_labels, read_strings, read_values
 
 ROWS = 50
 RNG = np.random.default_rng(0)
@@ -77,6 +77,31 @@ def test_another_number_of_values_is_refused(tmp_path: Path) -> None:
         read_values(chunk[:-2], compression, ROWS, DTYPES["numbers"])
     with pytest.raises(ValueError):
         read_values(chunk[:3], compression, ROWS, DTYPES["numbers"])
+
+
+@pytest.mark.parametrize("nulls", [0.0, 0.02, 0.5, 1.0])
+@pytest.mark.parametrize("rows", [1, 7, 64, 5000])
+@pytest.mark.parametrize("page_size", [100, 1 << 20])
+def test_texts_and_labels_come_back(nulls: float, rows: int, page_size: int, tmp_path: Path) -> None:
+    rng = np.random.default_rng(rows)
+    labels = np.where(rng.random(rows) < nulls, -1, rng.integers(0, 30_000, rows)).astype(np.int16)
+    texts = ["é" * int(n) for n in rng.integers(0, 9, rows)]
+    table = pa.table(
+        {"texts": pa.array(texts), "labels": pa.array(labels, mask=labels < 0)},
+        pa.schema([pa.field("texts", pa.string(), nullable=False), pa.field("labels", pa.int16())]),
+    )
+    path = tmp_path / "f.parquet"
+    pq.write_table(table, path, use_dictionary=False, data_page_size=page_size, compression="lz4", row_group_size=rows)
+    data, group = path.read_bytes(), pq.read_metadata(path).row_group(0)
+    chunks = [(memoryview(data)[c.data_page_offset :][: c.total_compressed_size], c.compression)
+              for c in (group.column(i) for i in range(2))]  # fmt: skip
+    assert read_strings(*chunks[0], rows) == texts
+    found = read_labels(*chunks[1], rows)
+    assert found.dtype == np.int16
+    assert np.array_equal(found, labels)
+    for read, chunk in ((read_strings, chunks[0]), (read_labels, chunks[1])):
+        with pytest.raises(ValueError, match=f"{rows} (texts|labels) where there should be {rows + 1}"):
+            read(*chunk, rows + 1)
 
 
 @pytest.mark.parametrize("compression", ["zstd", "lz4", "none"])

@@ -1,6 +1,5 @@
 """Shards: only used bytes are read, from a disk or a store; a shard that was replaced is noticed; the cache saves requests."""
 
-import os
 from dataclasses import replace
 from pathlib import Path
 
@@ -147,7 +146,7 @@ def test_a_local_shard_replaced_under_a_running_job_stays_what_it_was_and_is_not
     made = make_data_set(tmp_path / "tiny", tiles=24, size=SIZE)
     shard = local(made)
     before = read_group(shard, 1, SIZE, tasks())
-    os.replace(replaced(tmp_path), Path(str(shard.place)))
+    replaced(tmp_path).replace(Path(str(shard.place)))
     after = read_group(shard, 1, SIZE, tasks())
     assert after.id == before.id
     shard_module._footers.clear()

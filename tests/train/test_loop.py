@@ -19,7 +19,9 @@ from mmearth_ray.train.loop import Worker, run
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data_set(tmp_path_factory.mktemp("data") / "tiny", tiles=42, size=40, held_out=6).directory
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    make_data_set(folder, tiles=42, size=40, held_out=6)
+    return folder
 
 
 def first_gradients(run_directory: Path) -> dict[str, np.ndarray]:

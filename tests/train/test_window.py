@@ -20,7 +20,9 @@ LINES = ("step", "lr", "loss", "losses", "coverage")
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_data_set(tmp_path_factory.mktemp("data") / "tiny", tiles=24, size=40, held_out=4).directory
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    make_data_set(folder, tiles=24, size=40, held_out=4)
+    return folder
 
 
 def _weights(run_directory: Path) -> dict[str, torch.Tensor]:
