@@ -6,6 +6,8 @@ store whenever its bytes are asked for.
 """
 
 import os
+import threading
+import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -144,15 +146,15 @@ def fetch(shard: Shard, groups: Sequence[int], columns: Sequence[str], reading: 
 
 
 _footers: dict[Shard, Footer] = {}  # of this process, the longest unused first
+_lock = threading.Lock()
 
 
 def _remember(shard: Shard, footer: Footer) -> Footer:
-    _footers.pop(shard, None)
-    while len(_footers) >= OPEN_SHARDS:
-        oldest = _footers.pop(next(iter(_footers)))
-        if oldest.file:
-            oldest.file.close()
-    _footers[shard] = footer
+    with _lock:
+        _footers.pop(shard, None)
+        while len(_footers) >= OPEN_SHARDS:
+            _footers.pop(next(iter(_footers)))
+        _footers[shard] = footer
     return footer
 
 
@@ -165,6 +167,7 @@ def _local(shard: Shard, path: Path, groups: Sequence[int], columns: Sequence[st
         if (needed := _footer_length(tail)) > len(tail):
             tail = _pread(file, max(0, size - needed), size)
         footer = Footer(_parsed(tail), size, None, file)
+        weakref.finalize(footer, file.close)  # once no thread reads from it any more
         _require_same(shard, footer)
     _remember(shard, footer)
     chunks = _chunks(footer, groups, columns)
@@ -215,8 +218,9 @@ def _remote(shard: Shard, place: UPath, groups: Sequence[int], columns: Sequence
 
 def _remote_footer(shard: Shard, place: UPath, reading: Reading, *, afresh: bool = False) -> tuple[Footer, int]:
     """The shard's footer, remembered, cached or from the store, and how many requests failed before it came."""
-    if shard in _footers and not afresh:
-        return _remember(shard, _footers[shard]), 0
+    known = None if afresh else _footers.get(shard)
+    if known:
+        return _remember(shard, known), 0
     cache = reading.cache if shard.content else None
     kept = cache.get(shard.content, "footer") if cache and not afresh else None
     if kept:

@@ -181,3 +181,19 @@ def test_a_cache_too_small_for_anything_costs_nothing_but_requests(manifest: Man
     shard = remote(manifest, s3)
     assert same(local(manifest), shard, replace(QUICK, cache=Cache(tmp_path, 100)))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_only_so_many_shards_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(shard_module, "OPEN_SHARDS", 3)
+    made = make_data_set(tmp_path / "many", tiles=24, size=8, row_group=3, shard_rows=3)
+    shards = [Shard.of(made.directory, record) for record in made.shards]
+    assert len(shards) == 8
+    opened = []
+    for _ in range(2):
+        for number, shard in enumerate(shards):
+            fetched = fetch(shard, [0], ["id"])
+            opened.append(fetched.footer.file)
+            assert read_group(shard, 0, 8, tasks()).id == [str(i) for i in range(3 * number, 3 * number + 3)]
+    del fetched
+    assert len(shard_module._footers) == 3
+    assert [file is not None and not file.closed for file in opened] == [False] * 13 + [True] * 3
