@@ -135,7 +135,8 @@ class Modality:
 
     def holes(self, raw: np.ndarray) -> np.ndarray | None:
         """Where raw values are data, or None where all of them are, which a minimum, a maximum or a sum mostly tells."""
-        finite = raw.dtype.kind != "f" or np.isfinite(raw.sum())
+        with np.errstate(invalid="ignore", over="ignore"):  # of infinities, which are to be found
+            finite = raw.dtype.kind != "f" or np.isfinite(raw.sum())
         if finite and all(value < raw.min() or value > raw.max() for value in self.missing):
             return None
         valid = self.valid(raw)

@@ -12,6 +12,7 @@ from mmearth_ray.errors import DataError, UsageError, run_command
 from mmearth_ray.pretrain import main
 from mmearth_ray.shards.manifest import MANIFEST, digest_of
 
+
 def answer(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, str]:
     """Exit code and the one line on stderr."""
     code = run_command(main, ["model.image_size=16", *arguments])

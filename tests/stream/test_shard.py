@@ -191,9 +191,7 @@ def test_only_so_many_shards_stay_open(tmp_path: Path, monkeypatch: pytest.Monke
     opened = []
     for _ in range(2):
         for number, shard in enumerate(shards):
-            fetched = fetch(shard, [0], ["id"])
-            opened.append(fetched.footer.file)
+            opened.append(fetch(shard, [0], ["id"]).footer.file)
             assert read_group(shard, 0, 8, tasks()).id == [str(i) for i in range(3 * number, 3 * number + 3)]
-    del fetched
     assert len(shard_module._footers) == 3
     assert [file is not None and not file.closed for file in opened] == [False] * 13 + [True] * 3

@@ -22,14 +22,14 @@ from mmearth_ray.train.checkpoint import (
     INCOMING,
     State,
     checkpoint_path,
-    clear_incoming,
     committed,
-    directory_of,
     load_state,
     load_tensors,
     newest,
     save,
 )
+
+FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
 
 
 def tensors(seed: int, kind: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -165,9 +165,7 @@ def test_a_leftover_of_a_kill_is_overwritten(tmp_path: Path) -> None:
     leftover.mkdir(parents=True)
     (leftover / "junk").write_text("half")
     commit(tmp_path, 1)
-    assert sorted(p.name for p in checkpoint_path(tmp_path, 1).iterdir()) == [
-        "model.safetensors", "optimizer.safetensors", "state.json",
-    ]  # fmt: skip
+    assert sorted(p.name for p in checkpoint_path(tmp_path, 1).iterdir()) == FILES
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "{}", '{"step": 1}', json.dumps(vars(state(1)) | {"more": 1}), None])
@@ -177,9 +175,8 @@ def test_a_damaged_state_is_a_data_error_with_the_remedy(text: str | None, tmp_p
     (path / "state.json").unlink()
     if text is not None:
         (path / "state.json").write_text(text)
-    with pytest.raises(
-        DataError, match=rf"the checkpoint {path} cannot be read \(.*\); remove it to resume from the one before"
-    ):
+    said = rf"the checkpoint {path} cannot be read \(.*\); remove it to resume from the one before"
+    with pytest.raises(DataError, match=said):
         load_state(path)
 
 
@@ -194,8 +191,6 @@ def test_damaged_tensors_are_a_data_error(data: bytes | None, tmp_path: Path) ->
 
 # ---- on an object store ----
 
-FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
-
 
 @pytest.fixture
 def store(s3: S3, monkeypatch: pytest.MonkeyPatch) -> UPath:
@@ -208,7 +203,7 @@ def store(s3: S3, monkeypatch: pytest.MonkeyPatch) -> UPath:
 
 def test_a_setting_says_where_they_are(tmp_path: Path) -> None:
     def where(*arguments: str) -> Location:
-        return directory_of(settings(tmp_path, tmp_path / "run", *arguments))
+        return checkpoint.directory_of(settings(tmp_path, tmp_path / "run", *arguments))
 
     assert where() == tmp_path / "run" / FOLDER
     assert where(f"checkpoint.directory={tmp_path / 'other'}") == tmp_path / "other"
@@ -244,7 +239,7 @@ def test_what_was_not_written_to_its_end_is_no_checkpoint(fails: str, store: UPa
     s3.fail()
     assert names(store) == ["step-00000001"]
     assert len(below(store)) == 4 + FILES.index(fails)
-    clear_incoming(store)
+    checkpoint.clear_incoming(store)
     assert below(store) == [*(f"step-00000001/{name}" for name in FILES), "step-notes"]
     commit(store, 2, keep=1)
     assert names(store) == ["step-00000002"]
@@ -268,10 +263,8 @@ def test_a_store_that_fails_is_asked_again_and_one_that_stays_away_is_named(stor
     assert same(load_tensors(checkpoint_path(store, 3))[0], tensors(3))
     assert s3.counts()["slow_down"] > 0
     s3.fail(slow_down=1)
-    path = checkpoint_path(store, 4)
-    with pytest.raises(
-        DataError, match=rf"{path / 'state.json'} cannot be reached in 8 attempts \(.*\); run the command again"
-    ):
+    said = rf"{checkpoint_path(store, 4) / 'state.json'} cannot be reached in 8 attempts \(.*\); run the command again"
+    with pytest.raises(DataError, match=said):
         commit(store, 4)
     with pytest.raises(DataError, match=rf"{store} cannot be reached in 8 attempts"):
         newest(store)
@@ -302,8 +295,5 @@ def test_a_run_resumes_from_a_store_bit_for_bit(store: UPath, s3: S3, tmp_path: 
         train(shards, tmp_path / "parts", *recipe, f"checkpoint.directory={store}", f"train.stop_at={stop}")
         assert names(store) == [f"step-{stop:08d}"]
     assert not (tmp_path / "parts" / FOLDER).exists()
-    for name in FILES[:2]:
-        assert (
-            read_bytes(checkpoint_path(store, 2) / name)
-            == (checkpoint_path(tmp_path / "whole" / FOLDER, 2) / name).read_bytes()
-        )
+    away, whole = checkpoint_path(store, 2), checkpoint_path(tmp_path / "whole" / FOLDER, 2)
+    assert all(read_bytes(away / name) == read_bytes(whole / name) for name in FILES[:2])
