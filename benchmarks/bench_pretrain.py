@@ -26,6 +26,7 @@ from mmearth_ray import settings
 from mmearth_ray.errors import UsageError, run_command
 from mmearth_ray.model.encoder import SIZES
 from mmearth_ray.settings import key
+from mmearth_ray.shards.build import compression_for
 from mmearth_ray.shards.synthesise import SynthesiseOptions, synthesise
 from mmearth_ray.shards.write import COMPRESSIONS
 
@@ -44,7 +45,7 @@ class Options:
     rounds: int = key(3, "rounds", at_least=1)
     data: str = key("", "directory of shards, in place of synthetic ones")
     tiles: int = key(512, "synthetic tiles", at_least=1)
-    compression: str = key("auto", "of the synthetic shards", among=("auto", *COMPRESSIONS))
+    compression: str = key(compression_for(Path()), "of the synthetic shards", among=COMPRESSIONS)
     extra: list[str] = key([], "further settings of the run, such as model.decoder_width=64")
     save: bool = key(True, "write the result to benchmarks/results/")
 
