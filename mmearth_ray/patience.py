@@ -45,9 +45,14 @@ def patiently(place: object, call: Callable[[], T], patience: Patience = PATIENC
 
     Raises Absent and DataError, in one line that names the place.
     """
+    return counted(place, call, patience)[0]
+
+
+def counted(place: object, call: Callable[[], T], patience: Patience = PATIENCE) -> tuple[T, int]:
+    """The same, and how often it failed before."""
     for attempt in range(patience.attempts):
         try:
-            return call()
+            return call(), attempt
         except Exception as error:
             if not is_passing(error) or attempt + 1 == patience.attempts:
                 raise explained(place, error, attempt + 1) from error

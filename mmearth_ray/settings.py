@@ -140,7 +140,7 @@ def check(settings: Any) -> None:
         among = entry.metadata.get("among")
         if isinstance(value, list) and any(isinstance(v, list | dict) for v in value):
             raise UsageError(f"{name}={value}: must be a list of plain values")
-        if isinstance(value, float) and not math.isfinite(value):
+        if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, list) else [value])):
             raise UsageError(f"{name}={value}: must be a finite number")
         if among is not None and any(v not in among for v in (value if isinstance(value, list) else [value])):
             raise UsageError(f"{name}={value}: must be one of {', '.join(map(str, among))}")

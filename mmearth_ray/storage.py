@@ -21,7 +21,7 @@ import fsspec
 from upath import UPath
 
 from mmearth_ray.errors import DataError, UsageError
-from mmearth_ray.patience import PATIENCE, Absent, Patience, explained, is_passing, patiently
+from mmearth_ray.patience import PATIENCE, Absent, Patience, counted, explained, is_passing, patiently
 
 Location = Path | UPath
 
@@ -89,8 +89,14 @@ class Stamp:
 
 def stamp(place: UPath, patience: Patience = PATIENCE) -> Stamp:
     """The object's stamp as it is now.  Raises Absent and DataError."""
-    info = patiently(place, lambda: filesystem(place).info(place.path), patience)
-    return Stamp(int(info["size"]), str(info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created")))
+    return counted_stamp(place, patience)[0]
+
+
+def counted_stamp(place: UPath, patience: Patience = PATIENCE) -> tuple[Stamp, int]:
+    """The same, and how many requests failed before it came."""
+    info, faults = counted(place, lambda: filesystem(place).info(place.path), patience)
+    tag = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created")
+    return Stamp(int(info["size"] or 0), str(tag)), faults  # folders of some stores have no size
 
 
 def exists(place: Location) -> bool:

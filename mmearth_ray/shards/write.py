@@ -52,7 +52,8 @@ class ShardRecord:
     footer: int = 0
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        """What the manifest holds; without what shards of earlier versions lack, so that their manifests' digests stay."""
+        return {name: value for name, value in asdict(self).items() if name not in ("content", "footer") or value}
 
     def moment_table(self) -> MomentTable:
         return {

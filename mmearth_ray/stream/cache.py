@@ -6,6 +6,8 @@ The order of use is the files' time of modification, which a hit renews.
 
 import hashlib
 import os
+import socket
+import threading
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +18,7 @@ from mmearth_ray.errors import DataError
 from mmearth_ray.files import write_failure
 
 SUFFIX = ".bytes"
+UNFINISHED = ".tmp"
 FILL = 0.9
 """Share of the limit up to which the directory is filled; the rest is for what other tasks write at the same time."""
 
@@ -58,7 +61,8 @@ class Cache:
         if len(entry) > FILL * self.limit:
             return
         path = self._path(names)
-        temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+        writer = f"{socket.gethostname()}.{os.getpid()}.{threading.get_ident()}"  # several threads of a process write
+        temporary = path.with_name(f".{path.name}.{writer}{UNFINISHED}")
         try:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._make_room(len(entry))
@@ -100,12 +104,12 @@ class Cache:
         _written[key] = size
 
     def _entries(self) -> list[tuple[float, int, Path]]:
-        """(time of last use, bytes, path) of everything that is kept."""
+        """(time of last use, bytes, path) of everything that is kept, and of what killed writers left."""
         found = []
         with os.scandir(self.directory) as scan:
             for entry in scan:
                 with suppress(FileNotFoundError):  # another task removed it
-                    if entry.name.endswith(SUFFIX):
+                    if entry.name.endswith((SUFFIX, UNFINISHED)):
                         status = entry.stat()
                         found.append((status.st_mtime, status.st_size, Path(entry.path)))
         return found

@@ -7,7 +7,7 @@ has its own epochs, in its own order, whatever it is mixed with.
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import lru_cache
 
 import numpy as np
 
@@ -21,21 +21,10 @@ class Mixture:
 
     places: tuple[int, ...]
 
-    @cached_property
+    @property
     def pattern(self) -> np.ndarray:
         """int16 (block,): the set of each place."""
-        owners = np.repeat(np.arange(len(self.places), dtype=np.int16), self.places)
-        # the i-th of n places of a set lies at (i + 1/2) / n of the block
-        where = np.concatenate([(np.arange(n) + 0.5) / n for n in self.places])
-        return owners[np.argsort(where, kind="stable")]
-
-    @cached_property
-    def _rank(self) -> np.ndarray:
-        """int64 (block,): how many earlier places of the block belong to the same set."""
-        rank = np.empty(len(self.pattern), np.int64)
-        for number, count in enumerate(self.places):
-            rank[self.pattern == number] = np.arange(count)
-        return rank
+        return _block(self.places)[0]
 
     def spans(self, start: int, stop: int) -> Iterator[tuple[int, int, int]]:
         """(set, first, last) for positions start..stop-1 in order: its own positions first..last-1, as long as they last."""
@@ -44,12 +33,26 @@ class Mixture:
         if len(self.places) == 1:
             yield 0, start, stop
             return
-        block, place = np.divmod(np.arange(start, stop), len(self.pattern))
-        owner = self.pattern[place]
-        own = block * np.asarray(self.places)[owner] + self._rank[place]
+        pattern, rank = _block(self.places)
+        block, place = np.divmod(np.arange(start, stop), len(pattern))
+        owner = pattern[place]
+        own = block * np.asarray(self.places)[owner] + rank[place]
         cuts = np.flatnonzero(np.diff(owner)) + 1
         for first, last in zip([0, *cuts.tolist()], [*cuts.tolist(), stop - start], strict=True):
             yield int(owner[first]), int(own[first]), int(own[last - 1]) + 1
+
+
+@lru_cache(maxsize=4)  # of the process: a source travels to every data task anew
+def _block(places: tuple[int, ...]) -> tuple[np.ndarray, np.ndarray]:
+    """The set of each place of a block, int16, and how many earlier places belong to the same set, int64."""
+    owners = np.repeat(np.arange(len(places), dtype=np.int16), places)
+    # the i-th of n places of a set lies at (i + 1/2) / n of the block
+    where = np.concatenate([(np.arange(n) + 0.5) / n for n in places])
+    pattern = owners[np.argsort(where, kind="stable")]
+    rank = np.empty(len(pattern), np.int64)
+    for number, count in enumerate(places):
+        rank[pattern == number] = np.arange(count)
+    return pattern, rank
 
 
 def by_size(samples: Sequence[int]) -> Mixture:

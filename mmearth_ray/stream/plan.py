@@ -76,8 +76,13 @@ def _span(ends: np.ndarray, first: int, last: int) -> tuple[int, int]:
 @lru_cache(maxsize=16)
 def _epoch(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     """The groups in the order of that epoch, and the position within the epoch at which each ends."""
-    order = permutation(len(plan.group_sizes), "order", plan.seed, epoch)
+    order = _order(len(plan.group_sizes), plan.seed, epoch)
     return order, np.cumsum(plan.group_sizes[order])
+
+
+@lru_cache(maxsize=4)  # of the process: a plan travels to every data task anew
+def _order(groups: int, seed: int, epoch: int) -> np.ndarray:
+    return permutation(groups, "order", seed, epoch)
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from upath import UPath
 
 from mmearth_ray.errors import DataError
 from mmearth_ray.shards.write import CONTENT, TAIL, ShardRecord
-from mmearth_ray.storage import Absent, Location, Patience, Stamp, merged, read_ranges, stamp
+from mmearth_ray.storage import Absent, Location, Patience, Stamp, counted_stamp, merged, read_ranges
 from mmearth_ray.stream import arrays
 from mmearth_ray.stream.cache import Cache
 
@@ -67,7 +67,7 @@ class Footer:
 
     metadata: pq.FileMetaData
     size: int
-    stamp: Stamp | None
+    stamp: Stamp
     file: BinaryIO | None
 
     @cached_property
@@ -140,6 +140,8 @@ def fetch(shard: Shard, groups: Sequence[int], columns: Sequence[str], reading: 
         return _remote(shard, shard.place, groups, columns, reading)
     except (Absent, FileNotFoundError) as error:
         raise DataError(f"the shard {shard.place} is missing; restore it, or build the data set again") from error
+    except PermissionError as error:
+        raise DataError(f"the shard {shard.place} cannot be read (permission denied); change its permissions") from error
     except (OSError, pa.ArrowException) as error:
         reason = " ".join(str(error).split())[:200]
         raise DataError(f"the shard {shard.place} is damaged ({reason}); `shards verify` tells more") from error
@@ -160,13 +162,14 @@ def _remember(shard: Shard, footer: Footer) -> Footer:
 
 def _local(shard: Shard, path: Path, groups: Sequence[int], columns: Sequence[str]) -> Fetched:
     footer = _footers.get(shard)
-    if footer is None or footer.file is None:
+    if footer is None or footer.file is None or footer.stamp != _local_stamp(footer.file):
         file = path.open("rb", buffering=0)
-        size = os.fstat(file.fileno()).st_size
+        now = _local_stamp(file)
+        size = now.size
         tail = _pread(file, max(0, size - (shard.footer or FOOTER)), size)
         if (needed := _footer_length(tail)) > len(tail):
             tail = _pread(file, max(0, size - needed), size)
-        footer = Footer(_parsed(tail), size, None, file)
+        footer = Footer(_parsed(tail), size, now, file)
         weakref.finalize(footer, file.close)  # once no thread reads from it any more
         _require_same(shard, footer)
     _remember(shard, footer)
@@ -174,6 +177,12 @@ def _local(shard: Shard, path: Path, groups: Sequence[int], columns: Sequence[st
     spans = _spans(chunks)
     parts = [_pread(footer.file, *span) for span in spans]
     return Fetched(footer, chunks, Held(footer.size, spans, parts), 0)
+
+
+def _local_stamp(file: BinaryIO) -> Stamp:
+    """The stamp of an open file, which changes when it is written to in place."""
+    status = os.fstat(file.fileno())
+    return Stamp(status.st_size, str(status.st_mtime_ns))
 
 
 def _pread(file: BinaryIO | None, start: int, stop: int) -> memoryview:
@@ -203,7 +212,9 @@ def _remote(shard: Shard, place: UPath, groups: Sequence[int], columns: Sequence
     cache = reading.cache if shard.content else None
     kept = cache.get(shard.content, *spans) if cache else None
     if kept is None or len(kept) != sum(stop - start for start, stop in spans):
-        if stamp(place, reading.patience) != footer.stamp:
+        now, failed = counted_stamp(place, reading.patience)
+        faults += failed
+        if now != footer.stamp:
             footer, more = _remote_footer(shard, place, reading, afresh=True)
             chunks, faults = _chunks(footer, groups, columns), faults + more
             spans = _spans(chunks)
@@ -226,8 +237,9 @@ def _remote_footer(shard: Shard, place: UPath, reading: Reading, *, afresh: bool
     if kept:
         tag, _, tail = kept.partition(b"\n")
         return _remember(shard, Footer(_parsed(tail), shard.bytes, Stamp(shard.bytes, tag.decode()), None)), 0
-    now = stamp(place, reading.patience)
-    (tail,), faults = read_ranges(place, [(max(0, now.size - (shard.footer or FOOTER)), now.size)], reading.patience)
+    now, faults = counted_stamp(place, reading.patience)
+    (tail,), more = read_ranges(place, [(max(0, now.size - (shard.footer or FOOTER)), now.size)], reading.patience)
+    faults += more
     if (needed := _footer_length(tail)) > len(tail):
         (tail,), more = read_ranges(place, [(max(0, now.size - needed), now.size)], reading.patience)
         faults += more

@@ -73,11 +73,6 @@ class Source:
         return "+".join(tiles.name for tiles in self.sets)
 
     @property
-    def groups_held(self) -> int:
-        """Row groups that a reader keeps decoded: the ones whose rows are mixed, of every set."""
-        return sum(tiles.plan.window for tiles in self.sets)
-
-    @property
     def tiles_held(self) -> int:
         """Tiles of row groups whose rows are mixed, about; a task that prepares fewer decodes groups for some of them only."""
         mixed = [tiles.plan for tiles in self.sets if tiles.plan.window > 1]
@@ -154,8 +149,9 @@ class _Groups:
         key = part.tiles, part.slice.group
         if key not in self.decoded:
             self.decoded[key] = self._read(*key)
-            while len(self.decoded) > self.source.groups_held:
-                self.decoded.popitem(last=False)
+            own = [held for held in self.decoded if held[0] == part.tiles]  # a rare set's group outlasts a common one's
+            for held in own[: -self.source.sets[part.tiles].plan.window]:
+                del self.decoded[held]
         self.decoded.move_to_end(key)
         return self.decoded[key]
 

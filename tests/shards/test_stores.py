@@ -22,7 +22,8 @@ from mmearth_ray.shards.synthesise import ProceduralEarth, SynthesiseOptions, sy
 from mmearth_ray.shards.verify import VerifyOptions, verify
 from mmearth_ray.storage import below, locate, names, read_bytes, remove
 
-OPTIONS = SynthesiseOptions(tiles=70, size=16, shard_mb=1)  # a row group is 0.6 MB of 16 px tiles: shards of 64 and 6 tiles
+# a row group is 0.6 MB of 16 px tiles: shards of 64 and 6 tiles
+OPTIONS = SynthesiseOptions(tiles=70, size=16, shard_mb=1, compression="zstd")
 
 
 @pytest.fixture(scope="module")

@@ -1,5 +1,6 @@
 """Shards: only used bytes are read, from a disk or a store; a shard that was replaced is noticed; the cache saves requests."""
 
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 
@@ -195,3 +196,27 @@ def test_only_so_many_shards_stay_open(tmp_path: Path, monkeypatch: pytest.Monke
             assert read_group(shard, 0, 8, tasks()).id == [str(i) for i in range(3 * number, 3 * number + 3)]
     assert len(shard_module._footers) == 3
     assert [file is not None and not file.closed for file in opened] == [False] * 13 + [True] * 3
+
+
+def test_failed_requests_for_the_stamp_are_counted_too(manifest: Manifest, s3: S3) -> None:
+    shard = remote(manifest, s3)
+    s3.fail(slow_down=1.0, only="^HEAD", at_most=2)
+    assert read_group(shard, 0, SIZE, tasks(), QUICK).faults == 2
+
+
+def test_a_local_shard_overwritten_in_place_is_noticed(tmp_path: Path) -> None:
+    made = make_data_set(tmp_path / "tiny", tiles=24, size=SIZE)
+    shard = local(made)
+    read_group(shard, 1, SIZE, tasks())
+    Path(str(shard.place)).write_bytes(replaced(tmp_path).read_bytes())
+    with pytest.raises(DataError, match=r"is not the one that the manifest describes \(its digest differs\)"):
+        read_group(shard, 1, SIZE, tasks())
+
+
+def test_many_threads_fill_one_cache(manifest: Manifest, s3: S3, tmp_path: Path) -> None:
+    shard = remote(manifest, s3)
+    reading = replace(QUICK, cache=Cache(tmp_path, 10_000_000))
+    with ThreadPoolExecutor(8) as pool:
+        found = list(pool.map(lambda _: fetch(shard, [0], ["id", "product"], reading), range(24)))
+    assert len(found) == 24
+    assert not [path for path in tmp_path.iterdir() if path.suffix != ".bytes"]

@@ -264,3 +264,16 @@ def test_a_store_gives_the_local_stream_with_and_without_a_cache(manifest: Manif
             another.pop("faults")
             assert_same(one, another)
         assert faults > 0 or reading.cache
+
+
+def test_a_rare_sets_row_group_is_kept_while_a_common_one_reads_on(
+    manifest: Manifest, other: Manifest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, read = mixed(manifest, other, weights=[9, 1]), []
+    original = source_module.decode
+    monkeypatch.setattr(source_module, "decode", lambda fetched, shard, group, *rest: read.append((shard.place, group))
+                        or original(fetched, shard, group, *rest))  # fmt: skip
+    list(source.batches((start, start + 4) for start in range(0, 120, 4)))
+    rare = [key for key in read if other.directory in key[0].parents]
+    assert 2 <= len(rare) <= 4  # its 12 samples are of two or three groups of 6, and of two epochs at most
+    assert len(read) - len(rare) <= -(-108 // 44) * 7
