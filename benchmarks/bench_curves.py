@@ -23,9 +23,10 @@ from benchmarks.record import circumstances, write
 from benchmarks.shapes import parse_shape
 from mmearth_ray import config as configuration
 from mmearth_ray import settings
-from mmearth_ray.config import Config, learning_rate_of
+from mmearth_ray.config import learning_rate_of
 from mmearth_ray.errors import run_command
 from mmearth_ray.experiment import Experiment, build_objective, open_experiment
+from mmearth_ray.keys import Config
 from mmearth_ray.objective import Objective
 from mmearth_ray.pretrain import shards_of
 from mmearth_ray.settings import key

@@ -2,8 +2,8 @@
 
     python -m benchmarks.bench_loader [key=value ...]      --help lists the keys
 
-raw                  pyarrow reads the same column chunks of the same row groups, on one thread, and nothing else but verifying
-                     the pages' checksums, as the reader does: the limit
+raw                  pyarrow reads the same column chunks of the same row groups, on one thread, and nothing else: the limit
+checked              the same, and verifies the pages' checksums, as the reader does
 reader               our reader: columns, class labels, crops, masks, valid counts
 processes            the same in plain processes that hand batches over through shared memory
 pipeline             the Ray Data pipeline as training uses it, in steady state; what processes are for is to compare with it
@@ -49,8 +49,9 @@ TABLES = ("Rates", "Bytes", "CPU milliseconds per tile of the reader's parts")
 class Options:
     shapes: list[str] = key(["112/16/128", "56/8/64"], "image, patch and tile size of each comparison, as IMAGE/PATCH/TILE")
     which: list[str] = key(list(WAYS), "ways to load", among=WAYS)
-    compressions: list[str] = key(list(COMPRESSIONS), "of the shards for raw and reader", among=COMPRESSIONS)
+    compressions: list[str] = key(list(COMPRESSIONS), "of the shards for raw, checked and reader", among=COMPRESSIONS)
     compression: str = key(compression_for(Path()), "of the shards for everything else", among=COMPRESSIONS)
+    stored: str = key("zstd", "of the shards in the S3 server", among=COMPRESSIONS)
     cores: list[int] = key([1, 2], "numbers of cores", at_least=1)
     batch: int = key(32, "tiles of a batch", at_least=1)
     warm: float = key(1.0, "seconds after the first batch that do not count", at_least=0)
@@ -134,7 +135,7 @@ def contenders(options: Options, shape: Shape) -> Iterator[tuple[Contender, str]
     """Each way with the data that it reads."""
     tiles, usual = shape.tiles, options.compression
     for way in options.which:
-        if way in ("raw", "reader"):
+        if way in ("raw", "checked", "reader"):
             for compression in dict.fromkeys((*options.compressions, usual)):
                 yield Contender(way, DISK, compression), str(tiles.shards(compression))
         elif way in ("processes", "pipeline", "torch"):
@@ -144,9 +145,9 @@ def contenders(options: Options, shape: Shape) -> Iterator[tuple[Contender, str]
         elif way in PEER_WAYS and PEERS.exists():
             yield Contender(way, DISK, "none"), str(tiles.peer(way))
         elif way == "s3" and shape.store:
-            url = shape.store.put(tiles.shards(usual))
-            yield Contender("reader", STORE, usual), url
-            yield Contender("pipeline", STORE, usual), url
+            url = shape.store.put(tiles.shards(options.stored))
+            yield Contender("reader", STORE, options.stored), url
+            yield Contender("pipeline", STORE, options.stored), url
 
 
 def skipped(options: Options, shape: Shape) -> list[Row]:
@@ -164,12 +165,12 @@ def skipped(options: Options, shape: Shape) -> list[Row]:
 def read_bytes(options: Options, shape: Shape) -> tuple[list[Row], list[Row]]:
     """What experiments that read ever less would read of the shards; then what the server sent for them, as ratios."""
     rows, ratios_found = [], []
-    for compression in dict.fromkeys((*options.compressions, options.compression)):
+    for compression in dict.fromkeys((*options.compressions, options.compression, options.stored)):
         shards = shape.tiles.shards(compression)
         specs = {name: open_shards(str(shards), shape.image, shape.patch, *chosen).spec for name, chosen in subsets().items()}
         used = {name: chunk_bytes(shards, spec.modalities) for name, spec in specs.items()}
         rows += byte_rows(str(shape), compression, shape.tiles.base.rows, used)
-        if shape.store and compression == options.compression:
+        if shape.store and compression == options.stored:
             url = shape.store.put(shards)
             for name, chosen in subsets().items():
                 opened, sent = shape.store.bytes_of_an_epoch(url, shape.image, shape.patch, options.batch, *chosen)

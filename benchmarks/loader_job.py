@@ -2,9 +2,9 @@
 
     python -m benchmarks.loader_job JOB      prints one line of JSON (benchmarks.loader_clock: Job, Stretch)
 
-Each consumer takes batches and does nothing with them.  `raw`, `reader` and `hdf5` are consumed where they are made, in one
-process for each core; `processes` hand theirs over through shared memory, one reader to one consumer for each core;
-`pipeline` has a consumer for each core, as training has workers, with the data tasks and limits that training gives them;
+Each consumer takes batches and does nothing with them.  `raw`, `checked`, `reader` and `hdf5` are consumed where they are
+made, in one process for each core; `processes` hand theirs over through shared memory, one reader to one consumer for each
+core; `pipeline` has a consumer for each core, as training has workers, with the data tasks and limits that training gives them;
 `torch` is one consumer with a worker process for each core, or none where there is one core.
 """
 
@@ -59,15 +59,15 @@ def consume(job: Job, rank: int, count: int) -> Taken:
 # ---- the ways: tiles of each batch ----
 
 
-def _raw(job: Job, rank: int) -> Iterator[int]:
-    """Row groups, as pyarrow reads their used columns and verifies the checksums of their pages, which our reader does too."""
+def _raw(job: Job, rank: int, *, checked: bool = False) -> Iterator[int]:
+    """Row groups, as pyarrow reads their used columns; `checked`: and verifies their pages, which our reader does too."""
     import pyarrow.parquet as pq
 
     from mmearth_ray.stream.reader import used_columns
 
     source = open_shards(job.data, job.image, job.patch)
     columns = used_columns(source.spec.modalities)
-    files = [pq.ParquetFile(str(shard.place), page_checksum_verification=True) for shard in source.sets[0].shards]
+    files = [pq.ParquetFile(str(shard.place), page_checksum_verification=checked) for shard in source.sets[0].shards]
     groups = [(file, group) for file in files for group in range(file.num_row_groups)]
     for file, group in cycle(groups[rank:] + groups[:rank]):
         yield file.read_row_group(group, columns=columns, use_threads=False).num_rows
@@ -118,7 +118,8 @@ def _hdf5(job: Job, rank: int) -> Iterator[int]:
 
 
 WAYS: dict[str, Callable[[Job, int], Iterator[int]]] = {
-    "raw": _raw, "reader": _reader, "processes": _processes, "torch": _torch, "hdf5": _hdf5,
+    "raw": _raw, "checked": partial(_raw, checked=True), "reader": _reader, "processes": _processes, "torch": _torch,
+    "hdf5": _hdf5,
 }  # fmt: skip
 
 
@@ -131,9 +132,13 @@ def _pipeline(job: Job) -> Stretch:
 
     from mmearth_ray import config as configuration
     from mmearth_ray.train.launch import start_ray
+    from mmearth_ray.train.room import wait_for_room
 
     config = configuration.load([f"train.workers={job.cores}", f"train.global_batch={job.cores * job.batch}"])
-    share = start_ray(config)
+    start_ray(config)
+    room = wait_for_room(config, gpus=False)
+    assert room
+    share = room.share
     source = ray.put(open_shards(job.data, job.image, job.patch))
     consumer: Any = ray.remote(num_cpus=1)(_Consumer)
     actors = [consumer.remote() for _ in range(job.cores)]

@@ -17,7 +17,8 @@ from urllib.request import Request, urlopen
 
 from benchmarks.loader_source import open_shards
 from benchmarks.loader_tiles import ROOT
-from mmearth_ray.storage import locate, upload
+from mmearth_ray.copies import upload
+from mmearth_ray.storage import locate
 
 SERVER = ROOT / "tests" / "s3_server.py"
 NEEDS = ("moto", "s3fs")

@@ -23,8 +23,9 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-from mmearth_ray.config import Config, micro_batch_of
+from mmearth_ray.config import micro_batch_of, most_workers
 from mmearth_ray.experiment import build_objective, open_experiment
+from mmearth_ray.keys import Config
 from mmearth_ray.pretrain import shards_of
 from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.train.allocator import KEEP_FREED_MEMORY
@@ -51,8 +52,8 @@ class Pace:
 
 
 def train(config: Config, *, threads: int, warm: int, steps: int, ddp: bool) -> Pace:
-    """Train `train.workers` processes at the same time for `steps` steps each, after `warm` that do not count."""
-    workers = config.train.workers
+    """Train the most of `train.workers` processes at the same time for `steps` steps each, after `warm` that do not count."""
+    workers = most_workers(config)
     with _processes(workers) as (pool, store):
         runs = [pool.submit(_process, config, rank, store, threads, warm, steps, ddp) for rank in range(workers)]
         paces = [run.result() for run in runs]
@@ -93,7 +94,8 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
 
 def _process(config: Config, rank: int, store: str, threads: int, warm: int, steps: int, ddp: bool) -> Pace:
     torch.set_num_threads(threads)
-    workers, size = config.train.workers, micro_batch_of(config)
+    workers = most_workers(config)
+    size = micro_batch_of(config, workers)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=LOST)
     sent: list[int] = []
     step = _step(config, rank, _counting(sent) if ddp else None)
@@ -155,8 +157,9 @@ def _step(config: Config, rank: int, hook: Callable | None) -> Callable[[], None
     if hook:
         module = share_gradients(module)
         module.register_comm_hook(dist.group.WORLD, hook)
-    size = micro_batch_of(config)
-    ranges = MicroBatches(1, HELD, config.train.global_batch, config.train.workers, rank, size)
+    workers = most_workers(config)
+    size = micro_batch_of(config, workers)
+    ranges = MicroBatches(1, HELD, config.train.global_batch, workers, rank, size)
     prepared = experiment.source.batches(ranges[number] for number in range(HELD))
     batches = cycle([(to_device(b, torch.device("cpu")), torch.from_numpy(b["count"].sum(0))) for b in islice(prepared, HELD)])
 

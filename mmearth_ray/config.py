@@ -1,161 +1,19 @@
-"""Every setting of a pretraining run, with its default and meaning.
+"""The configuration of a pretraining run: its settings read and checked, and what follows from them.
 
-The defaults are the published recipe (MP-MAE; MMEarth-train commit 1f368b3) scaled to a laptop: its batch, length and
-data set are in `configs/mmearth64_atto.yaml`.  Resuming compares the fields that `FIXED_ON_RESUME` names.
+Resuming compares the fields that `FIXED_ON_RESUME` names.
 """
 
-from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 from mmearth_ray import settings
 from mmearth_ray.errors import UsageError
-from mmearth_ray.modalities import DEFAULT_INPUT, TABLE, Kind, Level, Modality, get, tasks
-from mmearth_ray.settings import key, section
-
-EMBEDDED = "embedded"
-
-
-@dataclass(frozen=True)
-class Data:
-    shards: list[str] = key(
-        [EMBEDDED], "where the shards are, a directory or a URL such as s3://bucket/prefix, or several; "
-        "'embedded': the procedural Earth, written to data/embedded on first use",
-    )  # fmt: skip
-    weights: list[float] | None = key(
-        None, "shares of several data sets in the stream, in their order; null: each tile of all of them once an epoch", above=0
-    )
-    where: str = key("split == 'train'", "which tiles to train on, over id split product date latitude longitude source")
-    validate_where: str = key("split == 'val'", "which tiles are held out for the validation loss")
-    statistics: str = key("manifest", "whose statistics normalise: manifest (of the shards), release, or a JSON file")
-    shuffle_window: int = key(
-        1, "row groups whose tiles are mixed with each other; each reader holds as many in memory", at_least=1, at_most=256
-    )
-    cache: str = key("", "local directory that keeps what was read from URLs; empty: none")
-    cache_gb: float = key(50.0, "size of the cache, GB, beyond which what was used longest ago goes", above=0)
-    attempts: int = key(8, "times to ask a store that fails, over half a minute, before the run ends", at_least=1, at_most=20)
-    tiles_per_task: int = key(64, "tiles that one data task prepares at a time", at_least=1)
-    read_ahead: int = key(4, "batches kept ready for each worker", at_least=1)
-
-
-@dataclass(frozen=True)
-class Model:
-    size: str = key("atto", "encoder size", among=("atto", "femto", "pico", "nano", "tiny", "base", "large", "huge"))  # SIZES
-    image_size: int = key(56, "side of the crop that the model sees, px", at_least=8)
-    patch_size: int = key(8, "side of a patch, px", among=(8, 16, 32))
-    image_sizes: list[int] = key([], "image sizes that steps take in turn, model.image_size and others of as many patches, 8, "
-                                 "16 or 32 px wide; empty: that one", at_least=8)  # fmt: skip
-    input: str = key(DEFAULT_INPUT, "the modality that is masked and encoded")
-    targets: list[str] = key([m.name for m in tasks()], "the modalities to predict")
-    bands: dict[str, list[str]] = key({}, "bands of a modality, as model.bands.NAME=[...]; all but the unused ones by default")
-    stem: str = key("modified", "first layers: MP-MAE's, or those of ConvNeXt V2", among=("modified", "original"))
-    mask_ratio: float = key(0.6, "share of patches that are hidden", above=0, below=1)
-    decoder_width: int = key(512, "channels of the decoder", at_least=1)
-    decoder_depth: int = key(1, "blocks of the decoder, shared by all modalities", at_least=1)
-    normalise_targets: list[str] | None = key(
-        None, "maps predicted relative to the mean and deviation of their own patch; null: the input, if it is a target"
-    )
-    weighting: str = key("uncertainty", "how the losses add up", among=("uncertainty", "unweighted"))
-    missing: str = key(
-        "ignored", "what missing pixels of target maps are to the loss: nothing, or as published the mean",
-        among=("ignored", "mean"),
-    )  # fmt: skip
-    grn: str = key("image", "what GRN's norm runs over in the encoder: an image, or as published the whole batch",
-                   among=("image", "batch"))  # fmt: skip
-    backend: str = key(
-        "packed", "what convolves visible patches; minkowski must be installed, triton is for GPUs",
-        among=("packed", "minkowski", "triton"),
-    )  # fmt: skip
-    init_scheme: str = key("uniform", "initial weights: std 0.02 throughout, or as published", among=("uniform", "published"))
-    init: str = key("", "start from these weights: an exported encoder, a checkpoint or its model.safetensors")
-
-
-@dataclass(frozen=True)
-class Optimizer:
-    base_lr: float = key(1.5e-4, "learning rate per 256 tiles of a global batch of 4096, as published", above=0)
-    scaling: str = key(
-        "sqrt", "how the rate follows other global batches; linear is the published rule", among=("sqrt", "linear")
-    )
-    lr: float | None = key(None, "the peak learning rate itself, in place of base_lr and scaling", above=0)
-    beta1: float = key(0.9, "AdamW's first decay", at_least=0, below=1)
-    beta2: float = key(0.95, "AdamW's second decay", at_least=0, below=1)
-    eps: float = key(1e-8, "AdamW's epsilon", above=0)
-    weight_decay: float = key(0.05, "decay of matrices and kernels; vectors and biases have none", at_least=0)
-
-
-@dataclass(frozen=True)
-class Schedule:
-    warmup_fraction: float = key(0.2, "share of the steps over which the learning rate rises (published: 40 of 200 epochs)",
-                                 at_least=0, at_most=1)  # fmt: skip
-    min_lr: float = key(0.0, "learning rate at the end of the cosine", at_least=0)
-
-
-@dataclass(frozen=True)
-class Train:
-    steps: int | None = key(None, "optimizer steps; 300 where neither steps nor epochs is given", at_least=1)
-    epochs: float | None = key(None, "length in passes over the tiles, in place of steps", above=0)
-    global_batch: int = key(64, "tiles per step over all workers", at_least=1)
-    micro_batch: int | None = key(None, "tiles per forward pass of a worker; default: at most 64", at_least=1)
-    workers: int = key(1, "train workers; each takes an equal part of the global batch", at_least=1)
-    gpus: bool | None = key(None, "one GPU per worker (nccl); default: if the cluster has enough")
-    engine: str = key("ddp", "how workers share the model", among=("ddp",))
-    precision: str = key("fp32", "of matrices and convolutions; bf16: autocast with float32 weights", among=("fp32", "bf16"))
-    compile: bool = key(False, "torch.compile, after a check that loss and gradients stay; takes minutes and a C++ compiler")
-    fetch_every: int | None = key(None, "steps whose metrics leave the device together, after which SIGTERM is heard; default: "
-                                  "1 on a CPU, 10 on a GPU", at_least=1)  # fmt: skip
-    averaging: str = key(
-        "global", "what a loss is the mean of: the global batch, or as published each worker's micro-batch",
-        among=("global", "local"),
-    )  # fmt: skip
-    ledger: bool = key(False, "write the ids of every step's tiles to ledger/rank-R.jsonl")
-    stop_at: int | None = key(None, "save and exit after this step; the schedule keeps its length", at_least=1)
-    max_failures: int = key(3, "times to start the workers again after one was lost", at_least=0)
-    hang_timeout: float = key(300.0, "seconds without a sign of life after which a worker is replaced", above=0)
-
-
-@dataclass(frozen=True)
-class Checkpoint:
-    every: int = key(100, "steps between checkpoints; one is always written at the end", at_least=1)
-    keep: int = key(3, "newest checkpoints to keep; 0 keeps all", at_least=0)
-    directory: str = key("", "where they are, a path or a URL such as s3://bucket/prefix; empty: run.directory/checkpoints")
-
-
-@dataclass(frozen=True)
-class Validate:
-    every: int = key(100, "steps between validations on the held-out tiles", at_least=1)
-    tiles: int = key(512, "held-out tiles used, at most; 0 turns validation off", at_least=0)
-
-
-@dataclass(frozen=True)
-class Figure:
-    every: int = key(0, "steps between reconstruction figures; 0: at the end only", at_least=0)
-    tiles: int = key(2, "tiles shown; 0 draws no figure", at_least=0, at_most=4)
-
-
-@dataclass(frozen=True)
-class Run:
-    directory: str = key("runs/pretrain", "where everything about the run is written; the same again resumes it")
-    address: str = key("", "Ray cluster to join ('auto' or an address); empty: RAY_ADDRESS, or a Ray of our own")
-
-
-@dataclass(frozen=True)
-class Config:
-    """All settings.  Construct through `load`, which checks them."""
-
-    data: Data = section(Data)
-    model: Model = section(Model)
-    optimizer: Optimizer = section(Optimizer)
-    schedule: Schedule = section(Schedule)
-    train: Train = section(Train)
-    checkpoint: Checkpoint = section(Checkpoint)
-    validate: Validate = section(Validate)
-    figure: Figure = section(Figure)
-    run: Run = section(Run)
-    seed: int = key(0, "seed of weights, order, crops and masks", at_least=0, below=2**63)
-
+from mmearth_ray.keys import Config, Model
+from mmearth_ray.modalities import TABLE, Kind, Level, Modality, get
 
 FIXED_ON_RESUME = (
-    "model.", "optimizer.", "schedule.", "seed", "train.global_batch", "train.steps", "train.averaging", "data.where",
-    "data.weights", "data.shuffle_window",
+    "model.", "optimizer.", "schedule.", "seed", "train.global_batch", "train.steps", "train.averaging", "train.clip",
+    "data.where", "data.weights", "data.shuffle_window",
 )  # fmt: skip
 """Prefixes of the settings that a run keeps for its whole life; all others may change when it resumes."""
 
@@ -167,6 +25,8 @@ MAX_AUTO_MICRO_BATCH = 64
 
 def load(arguments: list[str]) -> Config:
     """The configuration of a command line: YAML files, later ones winning, then key=value arguments over them all."""
+    if wrong := next((a for a in arguments if a.startswith(("-", "="))), ""):
+        raise UsageError(f"'{wrong}' is not understood; settings are key=value, without dashes and spaces; --help lists them")
     files = [Path(a) for a in arguments if "=" not in a]
     config = settings.load(Config, files, [a for a in arguments if "=" in a])
     check(config)
@@ -186,21 +46,37 @@ def check(config: Config) -> None:
     if not 0 < visible < patches:
         raise UsageError(f"model.mask_ratio={model.mask_ratio} leaves {visible} of {patches} patches visible; "
                          "at least one must be visible and one hidden")  # fmt: skip
-    if train.global_batch % train.workers:
-        raise UsageError(f"train.global_batch={train.global_batch} is not divisible by train.workers={train.workers}")
-    per_worker = train.global_batch // train.workers
-    if train.micro_batch is not None and per_worker % train.micro_batch:
-        raise UsageError(f"train.micro_batch={train.micro_batch} does not divide the {per_worker} tiles that each of "
-                         f"{train.workers} workers takes of train.global_batch={train.global_batch}")  # fmt: skip
+    worker_counts(config)
     _check_sets(config)
     if model.backend == "minkowski" and train.gpus:
         raise UsageError("model.backend=minkowski runs on CPUs only; set train.gpus=false or model.backend=packed")
     if model.backend == "triton" and train.gpus is False:
         raise UsageError("model.backend=triton runs on GPUs only; set train.gpus=true or model.backend=packed")
+    _check_engine(config)
     if train.steps is not None and train.epochs is not None:
-        raise UsageError("give train.steps or train.epochs, not both")
+        raise UsageError("give train.steps or train.epochs, not both; =null takes back the one of a file")
+    if config.log.tensorboard and not find_spec("tensorboard"):
+        raise UsageError("log.tensorboard=true needs a package: pip install 'mmearth-ray[tensorboard]'")
     input_of(config)
     normalised_targets(config)
+
+
+def _check_engine(config: Config) -> None:
+    train = config.train
+    whole = train.engine == "ddp"
+    if not whole and find_spec("deepspeed") is None:
+        raise UsageError(f"train.engine={train.engine} needs DeepSpeed: pip install deepspeed, or set train.engine=ddp")
+    if not whole and config.model.image_sizes:
+        raise UsageError(f"train.engine={train.engine} trains all parameters in every step, which model.image_sizes does not; "
+                         "set train.engine=ddp or model.image_sizes=[]")  # fmt: skip
+    if not whole and train.compile:
+        raise UsageError(f"train.compile=true does not work with train.engine={train.engine}; set one of them back")
+    if train.compile and train.activation_checkpointing:
+        raise UsageError("train.compile=true chooses itself what to compute twice; set train.activation_checkpointing=false")
+    if train.offload and train.engine not in ("zero2", "zero3"):
+        raise UsageError(f"train.offload=true needs train.engine=zero2 or zero3; it is {train.engine}")
+    if train.offload and train.gpus is False:
+        raise UsageError("train.offload=true is for GPUs: without them all is in the host's memory; set train.offload=false")
 
 
 def _check_sets(config: Config) -> None:
@@ -225,9 +101,37 @@ def visible_patches(patches: int, mask_ratio: float) -> int:
     return int(round(patches * (1 - mask_ratio), 6))
 
 
-def micro_batch_of(config: Config) -> int:
+def worker_counts(config: Config) -> list[int]:
+    """The numbers of workers that a run may have, ascending.  Raises UsageError if there is none."""
+    train = config.train
+    if len(train.workers) not in (1, 2) or train.workers[0] > train.workers[-1]:
+        raise UsageError(f"train.workers={train.workers}: give one number, or [MIN,MAX]")
+    least, most = train.workers[0], train.workers[-1]
+    shown, batch, micro = train.workers if least < most else most, train.global_batch, train.micro_batch or 1
+    if not (even := [n for n in range(least, most + 1) if batch % n == 0]):
+        raise UsageError(f"train.global_batch={batch} is not divisible by train.workers={shown}")
+    if not (counts := [n for n in even if batch // n % micro == 0]):
+        raise UsageError(f"train.micro_batch={micro} does not divide the {batch // even[-1]} tiles that each of "
+                         f"{even[-1]} workers takes of train.global_batch={batch}")  # fmt: skip
+    if len(counts) > 1 and train.micro_batch is None and numbers_know_micro_batch(config):
+        raise UsageError(f"train.workers={shown} with train.averaging=local or model.grn=batch needs a train.micro_batch: the "
+                         "numbers depend on it, and the default one on the number of workers")  # fmt: skip
+    return counts
+
+
+def numbers_know_micro_batch(config: Config) -> bool:
+    """Whether the micro-batch is what GRN or a loss runs over."""
+    return config.model.grn == "batch" or config.train.averaging == "local"
+
+
+def most_workers(config: Config) -> int:
+    """The largest number of workers that a run may have."""
+    return worker_counts(config)[-1]
+
+
+def micro_batch_of(config: Config, workers: int) -> int:
     """Tiles per forward pass: as set, or the largest divisor of a worker's share that is at most 64."""
-    share = config.train.global_batch // config.train.workers
+    share = config.train.global_batch // workers
     if config.train.micro_batch is not None:
         return config.train.micro_batch
     return max(d for d in range(1, min(share, MAX_AUTO_MICRO_BATCH) + 1) if share % d == 0)

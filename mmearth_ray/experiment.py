@@ -22,15 +22,17 @@ from mmearth_ray import __version__, settings
 from mmearth_ray.config import (
     FIXED_ON_RESUME,
     FREE_ON_RESUME,
-    Config,
     input_of,
     micro_batch_of,
+    most_workers,
     normalised_targets,
+    numbers_know_micro_batch,
     targets_of,
     turns_of,
     visible_patches,
 )
 from mmearth_ray.errors import DataError, UsageError
+from mmearth_ray.keys import Config
 from mmearth_ray.modalities import Kind, Missing, table_hash
 from mmearth_ray.model.encoder import Backend, Stem, sparse_layout
 from mmearth_ray.model.layers import Scope
@@ -41,6 +43,7 @@ from mmearth_ray.shards.manifest import Manifest, joint_statistics, load_manifes
 from mmearth_ray.shards.stats import Statistics, checked, normalisation, require_statistics
 from mmearth_ray.storage import Location, locate
 from mmearth_ray.stream.cache import Cache
+from mmearth_ray.stream.metadata import Metadata
 from mmearth_ray.stream.prepare import SampleSpec
 from mmearth_ray.stream.select import NothingSelected
 from mmearth_ray.stream.shard import Reading
@@ -54,6 +57,7 @@ class Experiment:
     """A resolved run: `config.train.steps` is set, the samples are chosen, every band in use can be normalised.
 
     `statistics[name]`: mean and std, float32 (products, bands) each.  `identity`: digests that a resumed run must share.
+    `claim`: what the command is known by that keeps checkpoints in their folder; empty where none looks (`train.ownership`).
     """
 
     config: Config
@@ -61,6 +65,7 @@ class Experiment:
     held_out: Source | None
     statistics: dict[str, tuple[np.ndarray, np.ndarray]]
     identity: dict[str, str]
+    claim: str = ""
 
     @property
     def spec(self) -> SampleSpec:
@@ -110,15 +115,16 @@ def open_experiment(config: Config, *shards: Location) -> Experiment:
         known={name: np.isfinite(mean) for name, (mean, _) in arrays.items()},
     )  # fmt: skip
     data, reading = config.data, reading_of(config)
+    metadata = [Metadata(manifest, reading) for manifest in manifests]
     source = open_source(
-        manifests, data.where, spec, weights=data.weights, window=data.shuffle_window, reading=reading,
+        manifests, data.where, spec, weights=data.weights, window=data.shuffle_window, reading=reading, metadata=metadata,
         turns=[dataclasses.replace(spec, image_size=i, patch_size=p) for i, p in turns_of(config.model)],
         turn=config.train.global_batch,
     )  # fmt: skip
     return Experiment(
         config=_with_steps(config, source.samples),
         source=source,
-        held_out=_held_out(config, manifests, spec, reading),
+        held_out=_held_out(config, manifests, spec, reading, metadata),
         statistics=arrays,
         identity={
             "data": _digest_of_sets(manifests),
@@ -155,13 +161,17 @@ def _with_steps(config: Config, samples: int) -> Config:
     return dataclasses.replace(config, train=dataclasses.replace(train, steps=steps, epochs=None))
 
 
-def _held_out(config: Config, manifests: list[Manifest], spec: SampleSpec, reading: Reading) -> Source | None:
+def _held_out(
+    config: Config, manifests: list[Manifest], spec: SampleSpec, reading: Reading, metadata: list[Metadata]
+) -> Source | None:
     """The held-out tiles, or none where the data sets have none or validation is off."""
     if not config.validate.tiles:
         return None
     try:
         where = config.data.validate_where
-        return open_source(manifests, where, spec, key="data.validate_where", reading=reading, skip_empty=True)
+        return open_source(
+            manifests, where, spec, key="data.validate_where", reading=reading, metadata=metadata, skip_empty=True
+        )
     except NothingSelected:
         return None
 
@@ -172,7 +182,7 @@ def reading_of(config: Config) -> Reading:
     cache = Cache(Path(data.cache), int(data.cache_gb * 1e9)) if data.cache else None
     if cache:
         cache.check()
-    return Reading(Patience(data.attempts), cache)
+    return Reading(Patience(data.attempts, seconds=config.train.hang_timeout / 3), cache)
 
 
 def _places(manifests: list[Manifest]) -> str:
@@ -242,8 +252,8 @@ def fixed_settings(config: Config) -> dict[str, Any]:
         for name, value in settings.flatten(config).items()
         if name.startswith(FIXED_ON_RESUME) and name not in FREE_ON_RESUME
     }
-    if config.model.grn == "batch" or config.train.averaging == "local":
-        fixed["train.micro_batch"] = micro_batch_of(config)
+    if numbers_know_micro_batch(config):
+        fixed["train.micro_batch"] = micro_batch_of(config, most_workers(config))
     return fixed
 
 

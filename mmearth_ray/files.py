@@ -9,7 +9,6 @@ import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING
 
 from mmearth_ray.errors import DataError
@@ -45,10 +44,10 @@ def complete_or_absent(path: "Location") -> Iterator[Path]:
 
 @contextmanager
 def _uploaded(place: "UPath") -> Iterator[Path]:
-    from mmearth_ray.storage import upload
+    from mmearth_ray.copies import scratch, upload
 
-    with TemporaryDirectory(prefix="mmearth-ray-") as folder:
-        temporary = Path(folder) / place.name
+    with scratch() as folder:
+        temporary = folder / place.name
         try:
             yield temporary
         except OSError as error:

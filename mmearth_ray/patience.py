@@ -1,7 +1,8 @@
-"""The patience with a store: which of its errors pass, how often it is asked again, and what is said in the end."""
+"""The patience with a store: which of its errors pass, how often and how long it is asked again, what is said in the end."""
 
 import errno
 import random
+import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,39 +26,82 @@ class Absent(DataError):
     """Nothing is stored at that place."""
 
 
+SLOWEST = 1e6
+"""Bytes a second below which a store is taken for one that does not answer."""
+
+
 @dataclass(frozen=True)
 class Patience:
-    """How often a store is asked, and the waits between: seconds, doubled from the first to the longest, with jitter."""
+    """How often a store is asked, and the waits between: seconds, doubled from the first to the longest, with jitter.
+
+    No request begins later than `seconds` after the first, and each has `request` seconds and a second more per MB, so that
+    a store that stays away is given up after `seconds` + `request`.
+    """
 
     attempts: int = 8
     first_wait: float = 0.2
     longest_wait: float = 20.0
+    seconds: float = 60.0
+    request: float = 30.0
 
     def wait(self, attempt: int) -> float:
         return min(self.longest_wait, self.first_wait * 2**attempt) * random.uniform(0.5, 1.0)
+
+    def pause(self, attempt: int, begin: float) -> bool:
+        """Wait before the next attempt at what began at `begin` (monotonic); False, at once, if there is to be none."""
+        wait = self.wait(attempt)
+        if attempt + 1 >= self.attempts or time.monotonic() + wait - begin > self.seconds:
+            return False
+        time.sleep(wait)
+        return True
+
+    def limit(self, size: int) -> float:
+        """Seconds after which a request for that many bytes is given up."""
+        return self.request + size / SLOWEST
 
 
 PATIENCE = Patience()
 
 
 def patiently(place: object, call: Callable[[], T], patience: Patience = PATIENCE) -> T:
-    """What `call` returns, asked again while faults are passing ones.
+    """What `call` returns, asked again while faults are passing ones, which are noted.
 
     Raises Absent and DataError, in one line that names the place.
     """
-    return counted(place, call, patience)[0]
+    found, faults = counted(place, call, patience)
+    note(faults)
+    return found
 
 
 def counted(place: object, call: Callable[[], T], patience: Patience = PATIENCE) -> tuple[T, int]:
-    """The same, and how often it failed before."""
-    for attempt in range(patience.attempts):
+    """The same, and how often it failed before, which the caller accounts for."""
+    begin, attempt = time.monotonic(), 0
+    while True:
         try:
             return call(), attempt
         except Exception as error:
-            if not is_passing(error) or attempt + 1 == patience.attempts:
+            if not is_passing(error) or not patience.pause(attempt, begin):
                 raise explained(place, error, attempt + 1) from error
-        time.sleep(patience.wait(attempt))
-    raise AssertionError("a store is asked at least once")
+        attempt += 1
+
+
+_lock = threading.Lock()
+_noted = 0
+
+
+def note(faults: int) -> None:
+    """Add to this process's faults that no batch carries: of listings, metadata, whole files."""
+    global _noted
+    with _lock:
+        _noted += faults
+
+
+def take_noted() -> int:
+    """How many were noted since this was asked last."""
+    global _noted
+    with _lock:
+        taken, _noted = _noted, 0
+    return taken
 
 
 def is_passing(error: Exception) -> bool:

@@ -9,18 +9,23 @@ import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 from mmearth_ray import config as configuration
 from mmearth_ray import settings
-from mmearth_ray.config import EMBEDDED, Config, turns_of
+from mmearth_ray.config import turns_of
 from mmearth_ray.errors import DataError, UsageError, run_command
 from mmearth_ray.experiment import Experiment, check_resume, open_experiment, versions
 from mmearth_ray.files import atomic_text, write_failure
-from mmearth_ray.storage import Location, locate
+from mmearth_ray.keys import EMBEDDED, Config
+from mmearth_ray.patience import take_noted
+from mmearth_ray.progress import counted
+from mmearth_ray.storage import Location, is_remote, locate
 from mmearth_ray.train import checkpoint
 from mmearth_ray.train.initial import check_initial
 from mmearth_ray.train.outputs import outputs_are_of
+from mmearth_ray.train.ownership import RUN, check_owner, claim, run_id
 
 EMBEDDED_DIRECTORY = Path("data/embedded")
 
@@ -41,8 +46,13 @@ def main(arguments: list[str]) -> int:
         print(USAGE + settings.help_text(Config))
         return 0
     config = configuration.load(arguments)
-    experiment = open_experiment(config, *shards_of(config))
-    found = checkpoint.newest(checkpoint.directory_of(experiment.config))
+    check_stays(config)
+    shards = shards_of(config)
+    check_hang_timeout(config, shards)
+    experiment = open_experiment(config, *shards)
+    folder, run = checkpoint.directory_of(experiment.config), run_id(experiment.config)
+    check_owner(folder, run)
+    found = checkpoint.newest(folder)
     if found:
         state = checkpoint.load_state(found)
         check_resume(experiment, state.settings, state.identity, experiment.run)
@@ -55,13 +65,43 @@ def main(arguments: list[str]) -> int:
     with locked(experiment.run):
         from mmearth_ray.train.launch import launch, start_ray  # Ray takes seconds to import; errors above need not wait
 
-        share = start_ray(experiment.config)
-        describe(experiment)
+        start_ray(experiment.config)
+        describe(experiment, run)
         if found:
             print(f"resuming {experiment.run} after {found.name}")
-        stopped = launch(experiment, share)
+        claimed = replace(experiment, claim=claim(folder, run, str(experiment.run)))
+        if failed := take_noted():
+            print(f"requests to a store that failed so far and were asked again: {failed:,}")
+        stopped = launch(claimed)
     report(experiment, stopped)
     return 0
+
+
+JOB_COPIES = "runtime_resources"
+"""Where Ray unpacks the working directory of a submitted job, below its own temporary directory, to remove it afterwards."""
+
+
+def check_stays(config: Config) -> None:
+    """Raise UsageError if the run would be written to a copy of a directory that Ray throws away."""
+    kept = {"run.directory": config.run.directory, "checkpoint.directory": config.checkpoint.directory}
+    for name, given in kept.items():
+        if given and "://" not in given and not Path(given).is_absolute() and JOB_COPIES in Path.cwd().parts:
+            raise UsageError(f"{name}={given} is relative to a copy of the working directory that Ray removes after the job; "
+                             "give an absolute path, on storage that all machines share")  # fmt: skip
+
+
+STORE_SECONDS = 150.0
+"""The least `train.hang_timeout` with a store: one that stays away is given up before (see `Patience`)."""
+
+
+def check_hang_timeout(config: Config, shards: list[Location]) -> None:
+    """Raise UsageError if workers that wait for a store would be taken for hung."""
+    kept = config.checkpoint.directory
+    places = [*shards, *([locate(kept, "checkpoint.directory")] if kept else [])]
+    remote = next((place for place in places if is_remote(place)), None)
+    if remote and config.train.hang_timeout < STORE_SECONDS:
+        raise UsageError(f"train.hang_timeout={config.train.hang_timeout:g}: workers may wait longer for {remote}; use at "
+                         f"least {STORE_SECONDS:g}, or a local directory")  # fmt: skip
 
 
 @contextmanager
@@ -95,19 +135,20 @@ def _embedded() -> Path:
     return EMBEDDED_DIRECTORY
 
 
-def describe(experiment: Experiment) -> None:
-    """Write down what the run is, in `config.yaml` and `run.json`, and say it."""
+def describe(experiment: Experiment, run: str) -> None:
+    """Write down what the run of that id is, in `config.yaml` and `run.json`, and say it."""
     atomic_text(experiment.run / "config.yaml", settings.to_yaml(experiment.config))
-    facts = {"versions": versions(), "identity": experiment.identity, "data_set": experiment.source.name}
-    atomic_text(experiment.run / "run.json", json.dumps(facts, indent=1) + "\n")
-    held_out = min(experiment.held_out.samples, experiment.config.validate.tiles) if experiment.held_out else 0
+    facts = {"run": run, "versions": versions(), "identity": experiment.identity, "data_set": experiment.source.name}
+    atomic_text(experiment.run / RUN, json.dumps(facts, indent=1) + "\n")
+    held_out = f"{min(experiment.held_out.samples, experiment.config.validate.tiles):,}" if experiment.held_out else "none"
     model, train = experiment.config.model, experiment.config.train
+    workers = " to ".join([*map(str, train.workers[:-1]), counted(train.workers[-1], "worker")])
     sizes = dict.fromkeys(turns_of(model)) or [(model.image_size, model.patch_size)]
     crops = " and ".join(f"{size} px in patches of {patch}" for size, patch in sizes)
     print(
         f"{experiment.run}: {model.size}, {crops}, "
-        f"{len(experiment.spec.targets)} targets; {experiment.source.samples:,} tiles to train on, {held_out:,} held out; "
-        f"{experiment.steps:,} steps of {train.global_batch} tiles on {train.workers} workers"
+        f"{len(experiment.spec.targets)} targets; {experiment.source.samples:,} tiles to train on, {held_out} held out; "
+        f"{experiment.steps:,} steps of {train.global_batch} tiles on {workers}"
     )
 
 

@@ -57,8 +57,8 @@ def load(kind: type[T], files: Sequence[Path], arguments: Sequence[str]) -> T:
     for source, layer in [*((str(f), _yaml(f)) for f in files), *((a, _argument(kind, a)) for a in arguments)]:
         try:
             merged = OmegaConf.merge(merged, _listed(kind, layer))
-        except OmegaConfBaseException as error:
-            raise UsageError(_explain(kind, source, str(getattr(error, "full_key", "") or ""))) from error
+        except (OmegaConfBaseException, TypeError) as error:
+            raise UsageError(_explain(kind, source, str(getattr(error, "full_key", source.partition("=")[0]) or ""))) from error
     try:
         settings: T = OmegaConf.to_object(merged)  # type: ignore[assignment]
     except OmegaConfBaseException as error:
@@ -81,13 +81,13 @@ def load_plain(kind: type[T], arguments: Sequence[str]) -> T:
     What it takes it reads as `load` does; for anything else it raises UsageError.
     """
     settings: T = kind()
-    types = {name: entry.type for name, entry, _ in walk(kind)}
+    entries = {name: entry for name, entry, _ in walk(kind)}
     for argument in arguments:
         name, value = _split(argument)
-        if name not in types:
+        if name not in entries:
             raise UsageError(_explain(kind, argument, name))
         try:
-            settings = _with(settings, name, _plain(value, types[name]))
+            settings = _with(settings, name, _plain(value, entries[name].type, one=_takes_one(entries[name])))
         except ValueError as error:
             hint = "without omegaconf only decimal numbers, true, false, null, text and lists of plain words are read"
             raise UsageError(f"{_explain(kind, argument, name)}; {hint}") from error
@@ -112,15 +112,15 @@ _PLAIN: dict[Any, tuple[str, Callable[[str], Any]]] = {
 """What each type looks like, where YAML cannot mean anything else by it."""
 
 
-def _plain(text: str, wanted: Any) -> Any:
-    """The value of a text as the wanted type.  Raises ValueError where it is not a plain one."""
+def _plain(text: str, wanted: Any, *, one: bool = False) -> Any:
+    """The value of a text as the wanted type, `one` item as a list of it.  Raises ValueError where it is not a plain one."""
     if isinstance(wanted, UnionType):
         if text in ("", "null"):
             return None
         wanted = next(iter(set(get_args(wanted)) - {NoneType}))
     if get_origin(wanted) is list:
         (inner,) = get_args(wanted)
-        if inner is str and re.fullmatch(_PLAIN[_WORD][0], text) and not text.isdecimal():
+        if one and re.fullmatch(_PLAIN[_WORD if inner is str else inner][0], text) and not (inner is str and text.isdecimal()):
             text = f"[{text}]"
         if not (text.startswith("[") and text.endswith("]")):
             raise ValueError(text)
@@ -238,16 +238,20 @@ def _split(argument: str) -> tuple[str, str]:
 
 
 def _listed(kind: type, layer: Any) -> Any:
-    """The layer with a list wherever one text stands for a list of texts, such as data.shards=DIRECTORY."""
+    """The layer with a list wherever one item stands for a list: data.shards=DIRECTORY, train.workers=4."""
     from omegaconf import OmegaConf
 
     for name, entry, _ in walk(kind):
-        if entry.type != list[str]:
-            continue
-        value = OmegaConf.select(layer, name, throw_on_resolution_failure=False)
-        if isinstance(value, str):
-            OmegaConf.update(layer, name, [value])
+        if _takes_one(entry):
+            value = OmegaConf.select(layer, name, throw_on_resolution_failure=False)
+            if type(value) in get_args(entry.type) or (type(value) is int and entry.type == list[float]):
+                OmegaConf.update(layer, name, [value])
     return layer
+
+
+def _takes_one(entry: Field) -> bool:
+    """Whether one item may stand for a list: of a list of text, and of one that has items by default."""
+    return get_origin(entry.type) is list and (entry.type == list[str] or bool(_default(entry)))
 
 
 def _argument(kind: type, argument: str) -> Any:

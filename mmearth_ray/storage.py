@@ -9,12 +9,11 @@ role; FSSPEC_S3_ANON=true for public buckets).  Throttling, server errors, reset
 import errno
 import shutil
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import fsspec
@@ -28,17 +27,13 @@ Location = Path | UPath
 PART = 8 << 20
 """Longer ranges are read as several requests at once: a store gives each connection only so much."""
 
-BLOCK = 8 * PART
-"""Bytes of a remote file that are held in memory while it is copied."""
-
 REQUESTS = 16
 """Small objects that are asked for side by side."""
 
 S3: dict[str, Any] = {
     "use_listings_cache": False,
-    "max_concurrency": 4,  # parts of 50 MB that an upload holds in memory
     "config_kwargs": {
-        "retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 30, "max_pool_connections": 64,
+        "retries": {"total_max_attempts": 1}, "connect_timeout": 10, "read_timeout": 20, "max_pool_connections": 64,
     },
 }  # fmt: skip
 OPTIONS: dict[str, dict[str, Any]] = {"s3": S3, "s3a": S3}
@@ -76,6 +71,19 @@ def filesystem(place: UPath) -> Any:
     return system
 
 
+def request(place: UPath, patience: Patience, method: str, *arguments: Any, size: int = 0, **named: Any) -> Any:
+    """What a method of the place's file system returns; given up if it takes too long for `size` bytes.
+
+    The client's own limits do not cover all: nothing watches the sending of a request that nobody reads.
+    """
+    system = filesystem(place)
+    limit = patience.limit(size)
+    try:
+        return getattr(system, method)(*arguments, **named, **({"timeout": limit} if system.async_impl else {}))
+    except fsspec.FSTimeoutError as error:
+        raise TimeoutError(f"no answer within {limit:.3g} s") from error
+
+
 # ---- files and folders ----
 
 
@@ -94,7 +102,7 @@ def stamp(place: UPath, patience: Patience = PATIENCE) -> Stamp:
 
 def counted_stamp(place: UPath, patience: Patience = PATIENCE) -> tuple[Stamp, int]:
     """The same, and how many requests failed before it came."""
-    info, faults = counted(place, lambda: filesystem(place).info(place.path), patience)
+    info, faults = counted(place, lambda: request(place, patience, "info", place.path), patience)
     tag = info.get("ETag") or info.get("etag") or info.get("mtime") or info.get("created")
     return Stamp(int(info["size"] or 0), str(tag)), faults  # folders of some stores have no size
 
@@ -115,7 +123,7 @@ def is_file(place: Location) -> bool:
     if isinstance(place, Path):
         return place.is_file()
     try:
-        return patiently(place, lambda: filesystem(place).info(place.path))["type"] == "file"
+        return patiently(place, lambda: request(place, PATIENCE, "info", place.path))["type"] == "file"
     except Absent:
         return False
 
@@ -125,7 +133,7 @@ def sizes(folder: Location) -> dict[str, int]:
     if isinstance(folder, Path):
         return {entry.name: entry.stat().st_size for entry in folder.iterdir()} if folder.is_dir() else {}
     try:
-        found = patiently(folder, lambda: filesystem(folder).ls(folder.path, detail=True))
+        found = patiently(folder, lambda: request(folder, PATIENCE, "ls", folder.path, detail=True))
     except Absent:
         return {}
     own = folder.path.strip("/")
@@ -142,7 +150,7 @@ def below(folder: UPath) -> list[str]:
     """Names of all files below a folder, relative to it, sorted."""
     start = folder.path.strip("/") + "/"
     try:
-        found = patiently(folder, lambda: filesystem(folder).find(folder.path))
+        found = patiently(folder, lambda: request(folder, PATIENCE, "find", folder.path))
     except Absent:
         return []
     return sorted(path.strip("/").removeprefix(start) for path in found if path.strip("/").startswith(start))
@@ -151,7 +159,7 @@ def below(folder: UPath) -> list[str]:
 def read_bytes(place: Location) -> bytes:
     """All of a small file.  Raises Absent and DataError."""
     if not isinstance(place, Path):
-        return patiently(place, lambda: filesystem(place).cat_file(place.path, start=0))
+        return patiently(place, lambda: request(place, PATIENCE, "cat_file", place.path, start=0, size=PART))
     try:
         return place.read_bytes()
     except FileNotFoundError as error:
@@ -160,58 +168,18 @@ def read_bytes(place: Location) -> bytes:
         raise DataError(f"{place} cannot be read ({error.strerror})") from error
 
 
-def upload(local: Path, place: UPath) -> None:
-    """Put a local file: a store shows it whole or not at all.  Raises DataError.
-
-    Long files go in parts, each of which is asked for again by itself.
-    """
-    options = OPTIONS.get(place.protocol, {})
-    if "config_kwargs" in options:
-        retries = {"mode": "standard", "total_max_attempts": 4}
-        place = UPath(place, **options | {"config_kwargs": options["config_kwargs"] | {"retries": retries}})
-    patiently(place, lambda: filesystem(place).put_file(str(local), place.path))
-
-
 def remove(place: Location) -> None:
     """Remove a file, or a folder with all it holds; nothing happens where there is none.  Raises DataError."""
     if isinstance(place, Path):
         shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
         return
-    system = filesystem(place)
 
     def drop(path: str) -> None:
         with suppress(Absent):
-            patiently(place, lambda: system.rm_file(path))
+            patiently(place, lambda: request(place, PATIENCE, "rm_file", path))
 
     with suppress(Absent), ThreadPoolExecutor(REQUESTS) as pool:
-        list(pool.map(drop, patiently(place, lambda: system.find(place.path))))
-
-
-@contextmanager
-def at_hand(folder: Location, files: Iterable[str]) -> Iterator[Path]:
-    """A local folder with those files: `folder` itself, or copies that go when they are no longer used.
-
-    Raises Absent and DataError.
-    """
-    if isinstance(folder, Path):
-        yield folder
-        return
-    with TemporaryDirectory(prefix="mmearth-ray-") as local:
-        for name in files:
-            _download(folder / name, Path(local) / name)
-        yield Path(local)
-
-
-def _download(place: UPath, local: Path) -> None:
-    size = stamp(place).size
-    try:
-        with local.open("wb") as file:
-            for start in range(0, size, BLOCK):
-                (data,), _ = read_ranges(place, [(start, min(start + BLOCK, size))])
-                file.write(data)
-    except OSError as error:
-        raise DataError(f"cannot copy {place} to {local.parent} ({error.strerror or error}); free some space, or set TMPDIR "
-                        "to a directory with more") from error  # fmt: skip
+        list(pool.map(drop, patiently(place, lambda: request(place, PATIENCE, "find", place.path))))
 
 
 # ---- ranges ----
@@ -224,32 +192,32 @@ def read_ranges(place: UPath, ranges: Sequence[tuple[int, int]], patience: Patie
     """
     parts = [(start, min(start + PART, stop)) for begin, stop in ranges for start in range(begin, stop, PART)]
     found: dict[tuple[int, int], bytes] = {}
-    faults = 0
-    for attempt in range(patience.attempts):
-        missing = [part for part in parts if part not in found]
+    began, attempt, faults = time.monotonic(), 0, 0
+    while missing := [part for part in parts if part not in found]:
         errors = []
-        for part, answer in zip(missing, _ask(place, missing), strict=True):
+        for part, answer in zip(missing, _ask(place, missing, patience), strict=True):
             if isinstance(answer, Exception):
                 errors.append(answer)
             elif len(answer) != part[1] - part[0]:
                 errors.append(OSError(errno.EIO, f"{len(answer)} of {part[1] - part[0]} bytes came"))
             else:
                 found[part] = answer
-        if not errors:
-            break
         faults += len(errors)
         lasting = [error for error in errors if not is_passing(error)]
-        if lasting or attempt + 1 == patience.attempts:
+        if errors and (lasting or not patience.pause(attempt, began)):
             error = (lasting or errors)[0]
             raise explained(place, error, attempt + 1) from error
-        time.sleep(patience.wait(attempt))
+        attempt += 1
     return [_joined(found, begin, stop) for begin, stop in ranges], faults
 
 
-def _ask(place: UPath, parts: Sequence[tuple[int, int]]) -> list[bytes | Exception]:
+def _ask(place: UPath, parts: Sequence[tuple[int, int]], patience: Patience) -> list[bytes | Exception]:
     starts, stops = [part[0] for part in parts], [part[1] for part in parts]
     try:
-        return filesystem(place).cat_ranges([place.path] * len(parts), starts, stops, on_error="return")
+        return request(
+            place, patience, "cat_ranges", [place.path] * len(parts), starts, stops,
+            on_error="return", size=sum(stops) - sum(starts),
+        )  # fmt: skip
     except Exception as error:  # of the connection as a whole
         return [error] * len(parts)
 

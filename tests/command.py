@@ -71,11 +71,12 @@ def descendants(pid: int) -> list[int]:
 
 def workers_of(pid: int) -> list[int]:
     """The train workers that a pretraining process has started."""
-    titles = {child: _title(child) for child in descendants(pid)}
+    titles = {child: title_of(child) for child in descendants(pid)}
     return sorted(child for child, title in titles.items() if title.startswith(WORKER))
 
 
-def _title(pid: int) -> str:
+def title_of(pid: int) -> str:
+    """The process's command line, which Ray sets to what a worker does; "" for one that is gone."""
     try:
         return Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
     except OSError:

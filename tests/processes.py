@@ -10,8 +10,9 @@ import torch
 import torch.distributed as dist
 
 from mmearth_ray import config as configuration
-from mmearth_ray.config import Config
+from mmearth_ray.config import most_workers
 from mmearth_ray.experiment import Experiment, open_experiment
+from mmearth_ray.keys import Config
 from mmearth_ray.storage import Location
 from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.stream.prepare import Batch
@@ -47,7 +48,8 @@ def train(shards: Location, run_directory: Path, *arguments: str, stop_after: in
     """Train with one worker per `train.workers`, each a process unless there is only one.  Returns the experiment."""
     config = settings(shards, run_directory, *arguments)
     run_directory.mkdir(parents=True, exist_ok=True)
-    if config.train.workers == 1:
+    workers = most_workers(config)
+    if workers == 1:
         experiment = open_experiment(config, shards)
         threads = torch.get_num_threads()
         run(experiment, Worker(0, 1, torch.device("cpu"), 1), local_stream, Quiet(stop_after))
@@ -57,8 +59,7 @@ def train(shards: Location, run_directory: Path, *arguments: str, stop_after: in
     store.unlink(missing_ok=True)
     context = multiprocessing.get_context("spawn")
     processes = [
-        context.Process(target=_worker, args=(config, shards, rank, str(store), stop_after))
-        for rank in range(config.train.workers)
+        context.Process(target=_worker, args=(config, shards, rank, str(store), stop_after)) for rank in range(workers)
     ]
     for process in processes:
         process.start()
@@ -69,7 +70,8 @@ def train(shards: Location, run_directory: Path, *arguments: str, stop_after: in
 
 
 def _worker(config: Config, shards: Location, rank: int, store: str, stop_after: int | None) -> None:
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=config.train.workers)
-    worker = Worker(rank, config.train.workers, torch.device("cpu"), 1)
+    workers = most_workers(config)
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
+    worker = Worker(rank, workers, torch.device("cpu"), 1)
     run(open_experiment(config, shards), worker, local_stream, Quiet(stop_after))
     dist.destroy_process_group()

@@ -9,8 +9,9 @@ prints its URL, then serves until it is stopped.  Keys and secrets may be anythi
     DELETE /_counts   begin to count again
 
 Faults are shares of all requests: `slow_down` (503), `internal_error` (500), `denied` (403), `reset` (the connection is cut
-with a TCP reset) and `truncated` (half of an object's body, then the end of the connection).  `only` is a regular expression
-on "METHOD /path"; `at_most` limits how many requests fail.
+with a TCP reset), `lost` (the same, after what was asked for has been done), `silent` (no answer, ever) and `truncated` (half
+of an object's body, then the end of the connection).  `only` is a regular expression on "METHOD /path"; `at_most` limits how
+many requests fail.
 """
 
 import io
@@ -38,7 +39,7 @@ REFUSALS = {
     "internal_error": (500, "InternalError", "We encountered an internal error. Please try again."),
     "denied": (403, "AccessDenied", "Access Denied"),
 }
-KINDS = (*REFUSALS, "reset", "truncated")
+KINDS = (*REFUSALS, "reset", "lost", "silent", "truncated")
 NUMBERS = itertools.count()
 
 
@@ -122,8 +123,13 @@ class Handler(BaseHTTPRequestHandler):
         self.own.count(self.command)
         if fault:
             self.own.count(fault)
-        if fault == "reset":
+        if fault in ("reset", "lost"):
+            if fault == "lost":
+                self._ask_moto(body)
             self._reset()
+        elif fault == "silent":
+            self.connection.recv(1)  # until the other side has had enough
+            self.close_connection = True
         elif fault in REFUSALS:
             status, code, message = REFUSALS[fault]
             text = f'<?xml version="1.0" encoding="UTF-8"?><Error><Code>{code}</Code><Message>{message}</Message></Error>'

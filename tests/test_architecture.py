@@ -33,19 +33,22 @@ ROOT = Path(mmearth_ray.__file__).parent
 MAX_FILE, MAX_FUNCTION = 300, 60
 
 # A room (a module or a sub-package of mmearth_ray) imports from itself and from rooms before it.
-ROOMS = ("", "errors", "patience", "storage", "files", "modalities", "progress", "settings", "commands", "cluster", "report",
-         "config", "shards", "stream", "model", "losses", "objective", "checkpoints", "experiment", "train", "adapters",
+ROOMS = ("", "errors", "patience", "storage", "copies", "files", "modalities", "progress", "settings", "commands", "cluster",
+         "report", "keys", "config", "shards", "stream", "model", "losses", "objective", "checkpoints", "experiment", "train", "adapters",
          "evaluate", "pretrain", "__main__")  # fmt: skip
 # Packages that only these modules may import, at any scope; a name ending in a dot stands for a whole room.
 ONLY_IN = {
-    "ray": ("cluster", "shards.build", "stream.pipeline", "train.launch", "evaluate."),
-    "deepspeed": ("train.engine",),
+    "ray": ("cluster", "shards.build", "stream.pipeline", "train.board", "train.launch", "train.room", "evaluate."),
+    "deepspeed": ("train.zero",),
     "omegaconf": ("settings",),
     "yaml": ("settings",),
     "h5py": ("shards.", "evaluate."),
     "fsspec": ("storage",),
-    "upath": ("storage", "shards.read", "stream.shard", "train.checkpoint"),  # the type, where a place can only be remote
+    # the type, where a place can only be remote
+    "upath": ("storage", "copies", "shards.read", "stream.shard", "train.checkpoint"),
     "matplotlib": ("report.",),
+    "wandb": ("train.trackers",),
+    "tensorboard": ("train.trackers",),
     "torch": ("model.", "losses", "objective", "checkpoints.", "experiment", "train.", "adapters.", "evaluate."),
 }
 # Rooms that know modalities by their rows only.

@@ -9,7 +9,6 @@ from mmearth_ray import settings
 from mmearth_ray.config import (
     FIXED_ON_RESUME,
     FREE_ON_RESUME,
-    Config,
     input_of,
     learning_rate_of,
     load,
@@ -18,8 +17,10 @@ from mmearth_ray.config import (
     targets_of,
     turns_of,
     visible_patches,
+    worker_counts,
 )
 from mmearth_ray.errors import UsageError
+from mmearth_ray.keys import Config
 from mmearth_ray.modalities import Missing, tasks
 from mmearth_ray.model.encoder import BACKENDS, PATCH_SIZES, SIZES, STEMS
 from mmearth_ray.model.layers import SCOPES
@@ -87,11 +88,27 @@ def test_the_whole_part_of_the_visible_share_is_visible(patches: int, ratio: flo
 def test_the_default_micro_batch_is_the_largest_divisor_up_to_64(share: int, batch: int) -> None:
     for workers in (1, 2, 4):
         config = load([f"train.global_batch={share * workers}", f"train.workers={workers}"])
-        assert micro_batch_of(config) == batch
+        assert micro_batch_of(config, workers) == batch
 
 
 def test_a_micro_batch_that_is_set_is_used() -> None:
-    assert micro_batch_of(load(["train.global_batch=256", "train.workers=2", "train.micro_batch=128"])) == 128
+    assert micro_batch_of(load(["train.global_batch=256", "train.workers=2", "train.micro_batch=128"]), 2) == 128
+
+
+@pytest.mark.parametrize(
+    ("arguments", "counts"),
+    [
+        (["train.workers=4"], [4]),
+        (["train.workers=[4]"], [4]),
+        (["train.workers=[1,8]"], [1, 2, 4, 8]),
+        (["train.workers=[3,9]"], [4, 8]),
+        (["train.workers=[1,6]", "train.global_batch=24", "train.micro_batch=4"], [1, 2, 3, 6]),
+    ],
+)
+def test_a_run_may_have_the_numbers_of_workers_that_share_its_batch_evenly(arguments: list[str], counts: list[int]) -> None:
+    config = load(arguments)
+    assert worker_counts(config) == counts
+    assert all(config.train.global_batch % (n * micro_batch_of(config, n)) == 0 for n in counts)
 
 
 def test_the_learning_rate_grows_with_the_global_batch_unless_set_itself() -> None:
@@ -114,7 +131,15 @@ def test_the_learning_rate_grows_with_the_global_batch_unless_set_itself() -> No
         (["model.image_sizes=56"], "model.image_sizes=56: "),
         (["model.image_size=8"], "model.mask_ratio=0.6 leaves 0 of 1 patches visible; at least one must be visible and one"),
         (["model.mask_ratio=0.99"], "model.mask_ratio=0.99 leaves 0 of 49 patches visible"),
+        (["--steps", "100"], "'--steps' is not understood; settings are key=value, without dashes and spaces"),
         (["train.workers=3"], "train.global_batch=64 is not divisible by train.workers=3"),
+        (["train.workers=[5,7]"], "train.global_batch=64 is not divisible by train.workers=[5, 7]"),
+        (["train.workers=[4,2]"], "train.workers=[4, 2]: give one number, or [MIN,MAX]"),
+        (["train.workers=[1,2,4]"], "train.workers=[1, 2, 4]: give one number, or [MIN,MAX]"),
+        (["train.workers=[0,2]"], "train.workers=[0, 2]: must be at least 1"),
+        (["train.workers=[]"], "train.workers=[]: give one number, or [MIN,MAX]"),
+        (["train.workers=two"], "train.workers=two: train.workers must be of type list"),
+        (["train.workers=[1,2]", "train.averaging=local"], "train.workers=[1, 2] with train.averaging=local"),
         (["train.micro_batch=24", "train.workers=2"], "train.micro_batch=24 does not divide the 32 tiles that each of 2"),
         (["train.steps=3", "train.epochs=1"], "give train.steps or train.epochs, not both"),
         (["model.targets=[]"], "model.targets=[]: name at least one modality, each once"),

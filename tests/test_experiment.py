@@ -10,7 +10,7 @@ import pytest
 import torch
 from tiny_earth import make_data_set
 
-from mmearth_ray.config import Config, load
+from mmearth_ray.config import load
 from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.experiment import (
     DEFAULT_STEPS,
@@ -20,6 +20,7 @@ from mmearth_ray.experiment import (
     load_statistics,
     open_experiment,
 )
+from mmearth_ray.keys import Config
 from mmearth_ray.modalities import Kind, table_hash
 from mmearth_ray.shards.manifest import Manifest
 

@@ -56,6 +56,7 @@ def test_later_files_win_over_earlier_ones_and_arguments_over_files(tmp_path: Pa
     assert boat == Boat(name="Bea", ports=["Oslo", "Bergen"], sail=True, engine=Engine(power=8, cylinders=4))
     assert load("engine.cylinders=null", files=(first,)).engine.cylinders is None
     assert load("ports=[]", files=(first,)).ports == []
+    assert load("ports=Kiel", files=(first,)).ports == ["Kiel"]
 
 
 def test_an_empty_file_changes_nothing(tmp_path: Path) -> None:
@@ -95,6 +96,7 @@ def test_the_default_of_a_list_or_mapping_is_not_shared() -> None:
         ("sail", "'sail' is not of the form key=value; --help lists the keys"),
         ("=true", "'=true' is not of the form key=value"),
         ("the sail=true", "'the sail=true' is not of the form key=value"),
+        ("ports=/data/a: b", "ports=/data/a: b: ports must be of type list[str]"),
         ("ports=[Kiel", "ports=[Kiel: the value cannot be read ("),
         ("name=${nowhere}", "a reference ${...} cannot be resolved: Interpolation key 'nowhere' not found"),
     ],

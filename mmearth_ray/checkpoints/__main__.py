@@ -48,7 +48,7 @@ def _import(places: list[Path], options: ImportOptions) -> int:
 
 def _export(places: list[Any], options: ExportOptions) -> int:
     from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, STATE, open_exported
-    from mmearth_ray.storage import at_hand
+    from mmearth_ray.copies import at_hand
 
     place, out = places
     form = options.format or SUFFIXES.get(out.suffix)

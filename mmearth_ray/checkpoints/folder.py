@@ -32,6 +32,7 @@ FORMAT = 2
 ENCODER_FILE, PRETRAINING_FILE, CONFIG, CARD = "encoder.safetensors", "pretraining.safetensors", "config.json", "README.md"
 EXPORTED = "exported"  # of a run
 CHECKPOINT_FILE, STATE = "model.safetensors", "state.json"
+INDEX = ".index.json"  # ending of the list of the files that hold what is too much for one
 
 
 @dataclass(frozen=True)
@@ -144,9 +145,9 @@ class Exported:
 
     def encoder_tensors(self) -> dict[str, Tensor]:
         """Weights of the encoder, by its own names.  Nothing else is read, except from a checkpoint."""
-        tensors = read_tensors(self.weights[0])
         if self.weights[0].name == ENCODER_FILE:
-            return tensors
+            return read_tensors(self.weights[0])
+        tensors = self.tensors()
         return {name.removeprefix(ENCODER): t for name, t in tensors.items() if name.startswith(ENCODER)}
 
     def pretraining_tensors(self) -> dict[str, Tensor]:
@@ -163,14 +164,30 @@ def open_exported(path: Path) -> Exported:
         if (folder / CONFIG).is_file() and (folder / ENCODER_FILE).is_file():
             files = tuple(folder / name for name in (ENCODER_FILE, PRETRAINING_FILE) if (folder / name).is_file())
             return Exported(folder, Description.from_json(_read_json(folder / CONFIG), folder / CONFIG), files)
-    if (path / STATE).is_file() and (path / CHECKPOINT_FILE).is_file():
+    files = files_of(path, CHECKPOINT_FILE)
+    if (path / STATE).is_file() and files:
         found = _read_json(path / STATE)
         description = Description.from_json(found.get("description") if isinstance(found, dict) else None, path / STATE)
-        return Exported(path, description, (path / CHECKPOINT_FILE,))
+        return Exported(path, description, files)
     raise DataError(
         f"{path} is no exported model: there is neither {ENCODER_FILE} with {CONFIG}, in it or in its folder '{EXPORTED}', nor "
         f"a checkpoint ({CHECKPOINT_FILE} with {STATE})"
     )
+
+
+def files_of(folder: Path, file: str) -> tuple[Path, ...]:
+    """The files that hold what `file` names: it alone, or those that its index lists; none where there is neither.
+
+    Raises DataError for an index that cannot be read.
+    """
+    index = folder / f"{file}{INDEX}"
+    if not index.is_file():
+        return (folder / file,) if (folder / file).is_file() else ()
+    found = _read_json(index)
+    try:
+        return tuple(folder / name for name in dict.fromkeys(found["weight_map"].values()))
+    except (AttributeError, KeyError, TypeError) as error:
+        raise DataError(f"{index} is no index of safetensors files") from error
 
 
 def write_exported(folder: Path, description: Description, tensors: Mapping[str, Tensor]) -> Path:

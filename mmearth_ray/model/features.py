@@ -83,7 +83,13 @@ class MapEncoder(Encoder):
         self.feature_info = FeatureInfo(dims, patch_size, range(len(dims)))
 
     def maps(self, image_BCHW: Tensor, last: int = -1) -> list[Tensor]:
-        """Features after each stage up to `last`: (B, D_i, H_i, W_i), channels last in memory."""
+        """Features after each stage up to `last`: (B, D_i, H_i, W_i), channels last in memory.
+
+        Raises ValueError if the image has other channels than the encoder takes.
+        """
+        if image_BCHW.shape[1] != self.in_chans:
+            named = f": {', '.join(self.bands)}" if self.bands else ""
+            raise ValueError(f"an image of {image_BCHW.shape[1]} channels, the encoder takes {self.in_chans}{named}")
         return [x_B1HWD.squeeze(1).permute(0, 3, 1, 2) for x_B1HWD in self.stages_of(image_BCHW, last=last)]
 
     @property

@@ -1,7 +1,8 @@
 """Building a data set shard by shard: in parallel, resumable after a kill, visible only when whole.
 
-A finished shard leaves a record in `.building/`; running the same command again skips it.  When all are there the manifest
-is written and the records go.  A directory that holds another data set is refused, never touched.
+A finished shard leaves a record in `.building/`; running the same command again skips it.  When all are there the metadata of
+their tiles are gathered in one file, the manifest is written and the records go.  A directory that holds another data set is
+refused, never touched.
 """
 
 import hashlib
@@ -23,6 +24,7 @@ from mmearth_ray.files import atomic_text, write_failure
 from mmearth_ray.modalities import TABLE, Level
 from mmearth_ray.progress import ProgressLine, duration
 from mmearth_ray.shards.manifest import MANIFEST, Manifest, load_manifest
+from mmearth_ray.shards.metadata import write_metadata
 from mmearth_ray.shards.schema import TileBlock
 from mmearth_ray.shards.write import ShardRecord, write_shard
 from mmearth_ray.storage import REQUESTS, Location, exists, is_file, is_remote, names, read_bytes, remove, sizes
@@ -80,7 +82,8 @@ def build(
         raise
     finally:
         line.close()
-    manifest = Manifest(out, name, tile_size, tuple(done[i] for i in sorted(done)), plan, release_statistics)
+    shards = tuple(done[i] for i in sorted(done))
+    manifest = Manifest(out, name, tile_size, shards, plan, release_statistics, write_metadata(out, shards))
     manifest.save()
     remove(records)
     return manifest

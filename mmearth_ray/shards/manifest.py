@@ -6,7 +6,7 @@
 import hashlib
 import json
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from mmearth_ray.modalities import TABLE, Modality, table_hash
 from mmearth_ray.patience import Absent
 from mmearth_ray.shards.schema import SCHEMA_VERSION
 from mmearth_ray.shards.stats import merge_tables, statistics_of
-from mmearth_ray.shards.write import ShardRecord
+from mmearth_ray.shards.write import MetadataRecord, ShardRecord
 from mmearth_ray.storage import Location, read_bytes
 
 MANIFEST = "manifest.json"
@@ -28,7 +28,8 @@ class Manifest:
     """A data set: its shards, its statistics, and where it came from.
 
     `name` tells the samples of one data set from another's in everything random.  `statistics` are computed over the
-    training split; `release_statistics` are those published with a release (null where there was none).
+    training split; `release_statistics` are those published with a release (null where there was none).  `metadata`: the file
+    that holds the metadata of all tiles, which data sets of earlier versions lack.
     """
 
     directory: Location
@@ -37,6 +38,7 @@ class Manifest:
     shards: tuple[ShardRecord, ...]
     origin: dict[str, Any]
     release_statistics: dict[str, Any] | None = None
+    metadata: MetadataRecord | None = None
     table: tuple[Modality, ...] = field(default=TABLE, repr=False)
 
     @cached_property
@@ -64,6 +66,8 @@ class Manifest:
             "release_statistics": self.release_statistics,
             "shards": [shard.to_json() for shard in self.shards],
         }
+        if self.metadata:
+            body["metadata"] = asdict(self.metadata)
         return {"digest": digest_of(body), **body}
 
     @cached_property
@@ -132,6 +136,7 @@ def load_manifest(directory: Location, table: tuple[Modality, ...] = TABLE) -> M
         shards=tuple(ShardRecord(**shard) for shard in body["shards"]),
         origin=body["origin"],
         release_statistics=body["release_statistics"],
+        metadata=MetadataRecord(**body["metadata"]) if "metadata" in body else None,
         table=table,
     )
 

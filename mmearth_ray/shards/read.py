@@ -42,10 +42,14 @@ class RangeFile(io.RawIOBase):
         return len(data)
 
 
-def open_shard(path: Location) -> pq.ParquetFile:
-    """The shard's Parquet file, of which only what is asked for is read.  Raises DataError if it is missing or damaged."""
+def open_shard(path: Location, *, pre_buffer: bool = False) -> pq.ParquetFile:
+    """The shard's Parquet file, of which only what is asked for is read; `pre_buffer`: neighbouring columns together.
+
+    Raises DataError if it is missing or damaged.
+    """
     try:
-        return pq.ParquetFile(path if isinstance(path, Path) else pa.PythonFile(RangeFile(path), mode="r"))
+        file = path if isinstance(path, Path) else pa.PythonFile(RangeFile(path), mode="r")
+        return pq.ParquetFile(file, pre_buffer=pre_buffer)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} cannot be read ({' '.join(str(error).split())})") from error
 

@@ -12,18 +12,21 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
 import pyarrow.parquet as pq
 
+from mmearth_ray.copies import at_hand
 from mmearth_ray.errors import DataError
 from mmearth_ray.modalities import Kind, Level, Modality
 from mmearth_ray.progress import ProgressLine, counted, duration
 from mmearth_ray.settings import key
 from mmearth_ray.shards.manifest import MANIFEST, Manifest, load_manifest
+from mmearth_ray.shards.metadata import METADATA, read_metadata, shard_metadata
 from mmearth_ray.shards.read import open_shard, read_block, shard_ids
 from mmearth_ray.shards.schema import TileBlock, arrow_schema, has_value, validity
 from mmearth_ray.shards.stats import MomentTable, block_moments, merge_tables
 from mmearth_ray.shards.write import TRAINING_SPLIT, ShardRecord, tally_valid
-from mmearth_ray.storage import Absent, Location, at_hand, names
+from mmearth_ray.storage import Absent, Location, names
 
 RELATIVE_ERROR = 1e-9
 """Float64 moments may differ by this much when a later numpy adds the same numbers in another order."""
@@ -61,11 +64,13 @@ def verify(directory: Location, options: VerifyOptions) -> Findings:
     found.problems += stray_files(manifest)
     sampled = sample(len(manifest.shards), options.sample)
     seen: dict[str, str] = {}
+    told = told_metadata(manifest, found)
     line, started, done = ProgressLine(), time.monotonic(), 0
     for place, record in enumerate(manifest.shards):
         try:
             with at_hand(directory, [record.file]) as local:
-                check_shard(replace(manifest, directory=local), record, options.values, place in sampled, seen, found)
+                part = told.slice(done, record.rows) if told is not None else None
+                check_shard(replace(manifest, directory=local), record, options.values, place in sampled, seen, part, found)
         except Absent:
             found.problems.append(f"{record.file}: is missing")
         done += record.rows
@@ -83,15 +88,26 @@ def sample(shards: int, fraction: float) -> set[int]:
 
 
 def check_shard(
-    manifest: Manifest, record: ShardRecord, values: bool, statistics: bool, seen: dict[str, str], found: Findings
+    manifest: Manifest,
+    record: ShardRecord,
+    values: bool,
+    statistics: bool,
+    seen: dict[str, str],
+    told: pa.Table | None,
+    found: Findings,
 ) -> None:
-    """Check one shard in a local directory, adding what is wrong to `found` and its tile ids to `seen`."""
+    """Check one shard in a local directory, adding what is wrong to `found` and its tile ids to `seen`.
+
+    `told`: the metadata of its tiles as they are gathered beside the shards, if they are.
+    """
     damage = file_damage(manifest, record) or schema_damage(manifest, record)
     if damage:
         found.problems.append(f"{record.file}: {damage}")
         return
     try:
         found.problems += repeated_ids(manifest, record, seen)
+        if told is not None and not told.equals(shard_metadata(manifest.directory / record.file)):
+            found.problems.append(f"{record.file}: {METADATA} says something else of its tiles; build the data set again")
         if values:
             check_values(manifest, record, statistics, found)
     except DataError as error:
@@ -101,9 +117,20 @@ def check_shard(
 # ---- files ----
 
 
+def told_metadata(manifest: Manifest, found: Findings) -> pa.Table | None:
+    """The metadata of all tiles as they are gathered beside the shards; None if they are not, or not usable."""
+    try:
+        return read_metadata(manifest, manifest.metadata) if manifest.metadata else None
+    except DataError as error:
+        found.problems.append(str(error))
+        return None
+
+
 def stray_files(manifest: Manifest) -> Iterator[str]:
     """A line for everything in the directory that the manifest does not name."""
     known = {MANIFEST, *(record.file for record in manifest.shards)}
+    if manifest.metadata:
+        known.add(manifest.metadata.file)
     for name in names(manifest.directory):
         if name not in known:
             yield f"{name}: not in the manifest; remove it"

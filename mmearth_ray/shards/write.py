@@ -62,6 +62,15 @@ class ShardRecord:
         }
 
 
+@dataclass(frozen=True)
+class MetadataRecord:
+    """What a manifest says of the file that holds the metadata of all tiles."""
+
+    file: str
+    bytes: int
+    sha256: str
+
+
 def write_shard(
     path: Location,
     blocks: Iterable[TileBlock],

@@ -8,6 +8,7 @@ import hashlib
 import os
 import socket
 import threading
+import time
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +23,11 @@ UNFINISHED = ".tmp"
 FILL = 0.9
 """Share of the limit up to which the directory is filled; the rest is for what other tasks write at the same time."""
 
-SLACK = 0.005
-"""Share of the limit that a process writes between two looks at what the directory holds."""
+SLACK = (1 - FILL) / (4 * (os.cpu_count() or 1))
+"""Share of the limit that a process writes between two looks at what the directory holds: four on a core do not exceed it."""
+
+STALE = 600.0
+"""Seconds after which an unfinished entry is taken for what a killed writer left."""
 
 CHECKSUM = 4
 """Bytes at the end of an entry: the CRC-32 of what comes before."""
@@ -55,7 +59,8 @@ class Cache:
     def put(self, data: bytes, *names: object) -> None:
         """Keep the bytes under those names, unless they alone would fill the directory.
 
-        Raises DataError if the directory cannot be written or its disk is full.
+        Nor are they kept where another process empties the directory meanwhile.  Raises DataError if the directory cannot be
+        written or its disk is full.
         """
         entry = data + _checksum(data)
         if len(entry) > FILL * self.limit:
@@ -67,7 +72,8 @@ class Cache:
             self.directory.mkdir(parents=True, exist_ok=True)
             self._make_room(len(entry))
             temporary.write_bytes(entry)
-            temporary.replace(path)
+            with suppress(FileNotFoundError):
+                temporary.replace(path)
         except OSError as error:
             raise DataError(f"data.cache={self.directory}: {write_failure(path, error)}") from error
         finally:
@@ -95,16 +101,17 @@ class Cache:
             _written[key] = written + size
             return
         entries = sorted(self._entries(), key=lambda entry: entry[0])
-        held = sum(length for _, length, _ in entries)
-        for _, length, path in entries:
+        held, now = sum(length for _, length, _ in entries), time.time()
+        for used, length, path in entries:
             if held + size <= FILL * self.limit:
                 break
-            path.unlink(missing_ok=True)
-            held -= length
+            if path.suffix == SUFFIX or now - used > STALE:
+                path.unlink(missing_ok=True)
+                held -= length
         _written[key] = size
 
     def _entries(self) -> list[tuple[float, int, Path]]:
-        """(time of last use, bytes, path) of everything that is kept, and of what killed writers left."""
+        """(time of last use, bytes, path) of everything that is kept, or being written, or was when its writer was killed."""
         found = []
         with os.scandir(self.directory) as scan:
             for entry in scan:

@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import chain
 from typing import Any, cast
 
@@ -55,10 +56,12 @@ def stream(
     per_tile = max(bytes_per_tile(spec) for spec in (source.spec, *source.turns))
     _configure(share, 2 * tiles_ahead * per_tile, ranges.micro_batch * per_tile)
 
+    held = ray.put(source)
+
     def begin(first: int) -> Iterator[Batch]:
         count = min(window, tasks - first)
         task_numbers = ray.data.range(count, override_num_blocks=count)
-        prepare = cast(Any, _Prepare(source, ranges, first, per_task))
+        prepare = cast(Any, _Prepare(held, ranges, first, per_task))
         dataset = task_numbers.map_batches(prepare, batch_size=None, num_cpus=min(1.0, share.cpus))
         found = dataset.iter_batches(batch_size=ranges.micro_batch, prefetch_batches=read_ahead, batch_format="numpy")
         return cast(Iterator[Batch], iter(found))
@@ -95,7 +98,7 @@ def _batches_per_task(source: Source, ranges: MicroBatches, tiles_per_task: int)
 class _Prepare:
     """The function of a data task: task numbers in, finished batches out, one at a time."""
 
-    source: Source
+    source: ray.ObjectRef
     ranges: MicroBatches
     first: int
     per_task: int
@@ -104,7 +107,13 @@ class _Prepare:
         for task in batch["id"].tolist():
             begin = (self.first + task) * self.per_task
             numbers = range(begin, min(begin + self.per_task, len(self.ranges)))
-            yield from self.source.batches(self.ranges[number] for number in numbers)
+            yield from _source_of(self.source).batches(self.ranges[number] for number in numbers)
+
+
+@lru_cache(maxsize=2)
+def _source_of(held: ray.ObjectRef) -> Source:
+    """A source of the object store: what it holds of a large data set, and works out of it, serves many tasks of a process."""
+    return ray.get(held)
 
 
 class Breathe(ExecutionCallback):

@@ -60,7 +60,7 @@ class Plan:
             yield Slice(epoch, int(order[first]), np.arange(start, stop))
             return
         begin, end = _span(ends, first, first + self.window)
-        places = begin + permutation(end - begin, "window", self.seed, epoch, first // self.window)[start:stop]
+        places = begin + _mixed(end - begin, self.seed, epoch, first // self.window)[start:stop]
         holders = np.searchsorted(ends, places, side="right")
         cuts = np.flatnonzero(np.diff(holders)) + 1
         for part in np.split(np.arange(len(places)), cuts):
@@ -80,7 +80,12 @@ def _epoch(plan: Plan, epoch: int) -> tuple[np.ndarray, np.ndarray]:
     return order, np.cumsum(plan.group_sizes[order])
 
 
-@lru_cache(maxsize=4)  # of the process: a plan travels to every data task anew
+@lru_cache(maxsize=8)
+def _mixed(length: int, seed: int, epoch: int, window: int) -> np.ndarray:
+    return permutation(length, "window", seed, epoch, window)
+
+
+@lru_cache(maxsize=4)  # of the process: a plan may travel to a data task anew
 def _order(groups: int, seed: int, epoch: int) -> np.ndarray:
     return permutation(groups, "order", seed, epoch)
 

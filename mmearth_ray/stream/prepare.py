@@ -7,8 +7,9 @@ by; they follow the losses' own rules.
 Shapes: B samples, C bands, h w the crop, L patches of p x p px, V visible, N hidden, T targets, P products.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -64,26 +65,42 @@ class Piece:
         return [self.group.id[row] for row in self.rows.tolist()]
 
 
-def assemble(spec: SampleSpec, pieces: Sequence[Piece]) -> Batch:
-    """The samples of those pieces, in order, as one batch; every map is copied once, from its row group to its place.
+def assemble(spec: SampleSpec, pieces: Sequence[Piece], places: np.ndarray | None = None) -> Batch:
+    """The samples of those pieces as one batch; every map is copied once, from its row group to its place.
+
+    They come in order, or at `places` (B,) of the batch, each exactly once.
 
     Returns per modality: maps (B, C, h, w) in the stored dtype, class maps int8 (B, h, w) with -1 for missing, vectors
     float32 (B, C), labels int16 (B,) with -1 for missing, and `<name>.present` bool (B,); `visible` (B, V) and `hidden`
     (B, N) int16 patch indices, ascending; `count` int64 (B, T); `product` int8 (B,); `id` (B,).
     """
-    ids = [tile for piece in pieces for tile in piece.ids]
     drawn = [draw(spec, piece.ids, piece.epoch, piece.dataset, piece.group.tile_size) for piece in pieces]
     top, left, visible, hidden = (np.concatenate(parts) for parts in zip(*drawn, strict=True))
-    product = np.concatenate([piece.group.product[piece.rows] for piece in pieces])
-    batch: Batch = {"id": np.array(ids), "product": product, "visible": visible, "hidden": hidden}
+    order = slice(None) if places is None else np.argsort(places)
+    crops = Crops(top, left, np.arange(len(top)) if places is None else places)
+    batch: Batch = {"visible": visible[order], "hidden": hidden[order]}
+
+    def joined(parts: Iterable[np.ndarray]) -> np.ndarray:
+        return np.concatenate(list(parts))[order]
+
+    batch["id"] = joined(np.array(piece.ids) for piece in pieces)
+    batch["product"] = joined(piece.group.product[piece.rows] for piece in pieces)
     for m in spec.modalities:
-        batch[m.present_column] = np.concatenate([piece.group.present[m.name][piece.rows] for piece in pieces])
+        batch[m.present_column] = joined(piece.group.present[m.name][piece.rows] for piece in pieces)
         if m.level is Level.PIXEL:
-            batch[m.name] = _MAPS[m.kind](spec, m, pieces, top, left)
+            batch[m.name] = _MAPS[m.kind](spec, m, pieces, crops)
         else:
-            batch[m.name] = np.concatenate([_VALUES[m.kind](m, piece) for piece in pieces])
+            batch[m.name] = joined(_VALUES[m.kind](m, piece) for piece in pieces)
     batch["count"] = valid_counts(spec, batch)
     return batch
+
+
+class Crops(NamedTuple):
+    """Where each sample's crop begins in its tile, and its place in the batch, each (B,)."""
+
+    top: np.ndarray
+    left: np.ndarray
+    places: np.ndarray
 
 
 def draw(
@@ -97,31 +114,31 @@ def draw(
     return top, left, np.sort(order[:, : spec.visible]), np.sort(order[:, spec.visible :])
 
 
-def _crops(
-    spec: SampleSpec, m: Modality, pieces: Sequence[Piece], top: np.ndarray, left: np.ndarray
+def _boxes(
+    spec: SampleSpec, m: Modality, pieces: Sequence[Piece], crops: Crops
 ) -> Iterator[tuple[int, RowGroup, int, list[np.ndarray]]]:
     """For each sample its place in the batch, its row group and row, and its box (h, w) of each band: views, no copies."""
-    size, columns, place = spec.image_size, m.columns, 0
-    boxes = [(slice(y, y + size), slice(x, x + size)) for y, x in zip(top.tolist(), left.tolist(), strict=True)]
+    size, columns = spec.image_size, m.columns
+    starts = zip(*(values.tolist() for values in crops), strict=True)
     for piece in pieces:
         maps = [piece.group.columns[name] for name in columns]
-        for row in piece.rows.tolist():
-            yield place, piece.group, row, [column[row, *boxes[place]] for column in maps]
-            place += 1
+        for row, (y, x, place) in zip(piece.rows.tolist(), starts, strict=False):
+            box = row, slice(y, y + size), slice(x, x + size)
+            yield place, piece.group, row, [column[box] for column in maps]
 
 
-def _maps(spec: SampleSpec, m: Modality, pieces: Sequence[Piece], top: np.ndarray, left: np.ndarray) -> np.ndarray:
-    out = arrays.empty((len(top), len(m.bands), spec.image_size, spec.image_size), m.dtype)
-    for place, _, _, bands in _crops(spec, m, pieces, top, left):
+def _maps(spec: SampleSpec, m: Modality, pieces: Sequence[Piece], crops: Crops) -> np.ndarray:
+    out = arrays.empty((len(crops.top), len(m.bands), spec.image_size, spec.image_size), m.dtype)
+    for place, _, _, bands in _boxes(spec, m, pieces, crops):
         for band, crop in enumerate(bands):
             out[place, band] = crop
     return out
 
 
-def _class_maps(spec: SampleSpec, m: Modality, pieces: Sequence[Piece], top: np.ndarray, left: np.ndarray) -> np.ndarray:
-    out = arrays.empty((len(top), spec.image_size, spec.image_size), np.int8)
+def _class_maps(spec: SampleSpec, m: Modality, pieces: Sequence[Piece], crops: Crops) -> np.ndarray:
+    out = arrays.empty((len(crops.top), spec.image_size, spec.image_size), np.int8)
     labels = m.label_table().astype(np.int8)
-    for place, group, row, (codes,) in _crops(spec, m, pieces, top, left):
+    for place, group, row, (codes,) in _boxes(spec, m, pieces, crops):
         out[place] = labels.take(codes) if group.present[m.name][row] else -1
     return out
 

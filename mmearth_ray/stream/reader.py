@@ -51,13 +51,13 @@ def read_group(
 def decode(fetched: Fetched, shard: Shard, group: int, tile_size: int, modalities: tuple[Modality, ...]) -> RowGroup:
     """The arrays of a row group whose bytes were fetched.  Raises DataError if they are damaged or of another schema."""
     try:
-        rows = fetched.footer.metadata.row_group(group).num_rows
+        rows = fetched.rows(group)
         columns: dict[str, np.ndarray] = {}
         for m in modalities:
             wanted = column_type(m, tile_size)
             for name in m.columns:
-                if fetched.footer.types[name] != wanted:
-                    raise ValueError(f"{name} is {fetched.footer.types[name]}, not {wanted}")
+                if fetched.types[name] != wanted:
+                    raise ValueError(f"{name} is {fetched.types[name]}, not {wanted}")
                 columns[name] = _column(*fetched.chunk(group, name), m, tile_size, rows)
         return RowGroup(
             id=read_strings(*fetched.chunk(group, "id"), rows),

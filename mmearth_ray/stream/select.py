@@ -8,7 +8,6 @@ Expressions have Python's form over id, split, product, date, latitude, longitud
 import ast
 import operator
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,16 +15,13 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from mmearth_ray.errors import DataError, UsageError
-from mmearth_ray.shards.manifest import Manifest
-from mmearth_ray.shards.write import ShardRecord
-from mmearth_ray.storage import is_remote
-from mmearth_ray.stream.shard import LOCAL, Reading, Shard, fetch
+from mmearth_ray.errors import UsageError
+from mmearth_ray.shards.metadata import COLUMNS
+from mmearth_ray.stream.metadata import Metadata
 
-AT_ONCE = 16
-"""Shards of a store whose metadata is asked for at once."""
+AT_A_TIME = 1 << 16
+"""Tiles whose metadata is compared at once."""
 
-COLUMNS = ("id", "split", "product", "date", "latitude", "longitude", "source")
 _COMPARE: dict[type, Callable[[Any, Any], Any]] = {
     ast.Eq: operator.eq, ast.NotEq: operator.ne, ast.Lt: operator.lt,
     ast.LtE: operator.le, ast.Gt: operator.gt, ast.GtE: operator.ge,
@@ -44,7 +40,6 @@ class Selection:
     with `ends` (groups,) telling where each group's part ends.
     """
 
-    files: tuple[str, ...]
     shard: np.ndarray
     group: np.ndarray
     rows: np.ndarray
@@ -65,48 +60,27 @@ class Selection:
         return self.rows[begin : int(self.ends[index])]
 
 
-def select(manifest: Manifest, where: str, key: str = "data.where", reading: Reading = LOCAL) -> Selection:
+def select(metadata: Metadata, where: str, key: str = "data.where") -> Selection:
     """The rows for which `where` holds; errors name it by its setting, `key`.
 
-    Raises UsageError for an expression that cannot be read, DataError if a shard is missing or damaged.
+    Raises UsageError for an expression that cannot be read, DataError if the data set's metadata cannot.
     """
-    condition = parse(where, key)
-    shard, group, rows, counts = [], [], [], []
-    with ThreadPoolExecutor(AT_ONCE if is_remote(manifest.directory) else 1, "metadata") as pool:
-        tables = pool.map(lambda record: _metadata(manifest, record, reading), manifest.shards)
-        chosen_rows = [condition(table) for table in tables]
-    for index, (record, chosen) in enumerate(zip(manifest.shards, chosen_rows, strict=True)):
-        start = 0
-        for number, size in enumerate(record.row_groups):
-            hits = np.flatnonzero(chosen[start : start + size])
-            start += size
-            if hits.size:
-                shard.append(index)
-                group.append(number)
-                rows.append(hits)
-                counts.append(hits.size)
-    joined = np.concatenate(rows).astype(np.int32) if rows else np.zeros(0, np.int32)
-    return Selection(
-        tuple(record.file for record in manifest.shards),
-        np.array(shard, np.int32), np.array(group, np.int32), joined, np.cumsum(counts, dtype=np.int64),
-    )  # fmt: skip
+    condition, shards = parse(where, key), metadata.manifest.shards
+    sizes = np.array([size for record in shards for size in record.row_groups], np.int64)
+    shard_of = np.array([shard for shard, record in enumerate(shards) for _ in record.row_groups], np.int32)
+    group_in = np.array([group for record in shards for group in range(len(record.row_groups))], np.int32)
+    stops = np.cumsum(sizes)
+    rows = np.flatnonzero(_holds(condition, metadata.table))
+    groups = stops.searchsorted(rows, "right")
+    chosen, counts = np.unique(groups, return_counts=True)
+    within = (rows - (stops - sizes)[groups]).astype(np.int32)
+    return Selection(shard_of[chosen], group_in[chosen], within, np.cumsum(counts, dtype=np.int64))
 
 
-def _metadata(manifest: Manifest, record: ShardRecord, reading: Reading) -> dict[str, np.ndarray]:
-    shard = Shard.of(manifest.directory, record)
-    try:
-        file = fetch(shard, range(len(record.row_groups)), COLUMNS, reading).file()
-        if file.metadata.num_rows != record.rows:
-            raise DataError(f"the shard {shard.place} has {file.metadata.num_rows} rows, its manifest says {record.rows}; "
-                            "build the data set again")  # fmt: skip
-        table = file.read(columns=list(COLUMNS), use_threads=False)
-    except (OSError, LookupError, pa.ArrowException) as error:
-        raise DataError(f"the shard {shard.place} is damaged ({_line(error)}); `shards verify` tells more") from error
-    return {name: _array(table.column(name)) for name in COLUMNS}
-
-
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())[:200]
+def _holds(condition: "Condition", table: pa.Table) -> np.ndarray:
+    """bool (rows,): where a condition holds; some rows at a time, since texts take several times their bytes as objects."""
+    parts = [table.slice(start, AT_A_TIME) for start in range(0, max(1, table.num_rows), AT_A_TIME)]
+    return np.concatenate([condition({name: _array(part.column(name)) for name in COLUMNS}) for part in parts])
 
 
 def _array(column: pa.ChunkedArray) -> np.ndarray:

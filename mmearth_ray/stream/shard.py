@@ -10,10 +10,9 @@ import threading
 import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from io import SEEK_CUR, SEEK_END
 from pathlib import Path
-from typing import BinaryIO, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,16 +20,15 @@ import pyarrow.parquet as pq
 from upath import UPath
 
 from mmearth_ray.errors import DataError
-from mmearth_ray.shards.write import CONTENT, TAIL, ShardRecord
-from mmearth_ray.storage import Absent, Location, Patience, Stamp, counted_stamp, merged, read_ranges
+from mmearth_ray.patience import note
+from mmearth_ray.shards.write import CONTENT, ShardRecord
+from mmearth_ray.storage import Absent, Location, Patience, Stamp, counted_stamp, read_ranges
 from mmearth_ray.stream import arrays
 from mmearth_ray.stream.cache import Cache
+from mmearth_ray.stream.footer import Index, Places, footer_length, parsed
 
-OPEN_SHARDS = 64
-"""Shards whose footers a process remembers; a parsed footer takes some 200 KB."""
-
-GAP = 4096
-"""Unused bytes between two chunks that cost less to read than another request."""
+OPEN_FILES = 64
+"""Local shards that a process keeps open, of the 1,024 files that it may have by default (ulimit -n)."""
 
 FOOTER = 1 << 17
 """Bytes read from the end of a shard whose manifest does not tell the footer's length."""
@@ -61,71 +59,34 @@ class Reading:
 LOCAL = Reading()
 
 
-@dataclass(frozen=True, eq=False)
-class Footer:
-    """A shard's metadata and, of a local one, the open file, which stays the one that was opened whatever takes its name."""
-
-    metadata: pq.FileMetaData
-    size: int
-    stamp: Stamp
-    file: BinaryIO | None
-
-    @cached_property
-    def places(self) -> dict[str, int]:
-        """The number of each column."""
-        return {self.metadata.schema.column(i).path: i for i in range(self.metadata.num_columns)}
-
-    @cached_property
-    def types(self) -> dict[str, pa.DataType]:
-        """The type of each column."""
-        schema = self.metadata.schema.to_arrow_schema()
-        return dict(zip(schema.names, schema.types, strict=True))
-
-    def chunk(self, group: int, column: str) -> "Chunk":
-        """Where a column chunk is.  Raises LookupError if the shard has no such group or column."""
-        if not 0 <= group < self.metadata.num_row_groups:
-            raise LookupError(f"it has {self.metadata.num_row_groups} row groups")
-        if column not in self.places:
-            raise LookupError(f"it has no column {column}")
-        found = self.metadata.row_group(group).column(self.places[column])
-        start = min(found.data_page_offset, found.dictionary_page_offset or found.data_page_offset)
-        return Chunk(start, start + found.total_compressed_size, found.compression)
-
-
-class Chunk(NamedTuple):
-    """Bytes start..stop-1 of a file, and their compression as the footer names it."""
-
-    start: int
-    stop: int
-    compression: str
-
-
 class Fetched(NamedTuple):
-    """Column chunks in memory, and how many requests to a store had failed before they came."""
+    """Column chunks of some row groups in memory; `faults`: how many requests to a store had failed before they came.
 
-    footer: Footer
-    chunks: dict[tuple[int, str], Chunk]
-    held: "Held"
+    `footer`: the whole of it, where it was not known from before.
+    """
+
+    chunks: Index
+    groups: list[int]
+    spans: list[tuple[int, int]]
+    places: Places
+    parts: list[memoryview]
     faults: int
+    footer: pq.FileMetaData | None
+
+    def rows(self, group: int) -> int:
+        """Rows of a row group."""
+        return int(self.chunks.rows[group])
+
+    @property
+    def types(self) -> dict[str, pa.DataType]:
+        """The type of each column of the shard; the same object for all shards of a table."""
+        return self.chunks.columns.types
 
     def chunk(self, group: int, column: str) -> tuple[memoryview, str]:
-        """The bytes of a column chunk, and their compression."""
-        start, stop, compression = self.chunks[group, column]
-        return self.held.part(start, stop), compression
-
-    def file(self) -> pq.ParquetFile:
-        """A Parquet file of what was fetched; other parts of it cannot be read."""
-        held = pa.PythonFile(self.held, mode="r")
-        return pq.ParquetFile(held, metadata=self.footer.metadata, pre_buffer=False, page_checksum_verification=True)
-
-
-def _chunks(footer: Footer, groups: Sequence[int], columns: Sequence[str]) -> dict[tuple[int, str], Chunk]:
-    return {(group, name): footer.chunk(group, name) for group in groups for name in columns}
-
-
-def _spans(chunks: dict[tuple[int, str], Chunk]) -> list[tuple[int, int]]:
-    """The bytes of those chunks, neighbouring ones joined, in order."""
-    return merged(((chunk.start, chunk.stop) for chunk in chunks.values()), GAP)
+        """The bytes of a column chunk, and their compression as the footer names it."""
+        numbers, span, begin, end = self.places
+        i = self.groups.index(group) * len(numbers) + numbers[column]
+        return self.parts[span[i]][begin[i] : end[i]], self.chunks.compression
 
 
 def fetch(shard: Shard, groups: Sequence[int], columns: Sequence[str], reading: Reading = LOCAL) -> Fetched:
@@ -134,10 +95,29 @@ def fetch(shard: Shard, groups: Sequence[int], columns: Sequence[str], reading: 
     Raises DataError if the shard is missing, is not the one that the manifest describes, or the store does not answer;
     LookupError if it has no such row group or column.
     """
+    return _fetch(shard, groups, columns, reading, _indices)
+
+
+def fetch_file(shard: Shard, groups: Sequence[int], columns: Sequence[str], reading: Reading = LOCAL) -> pq.ParquetFile:
+    """The same as a Parquet file, of which nothing else can be read; where its chunks are is not remembered."""
+    found = _fetch(shard, groups, columns, reading, {})
+    note(found.faults)
+    held = pa.PythonFile(Held(found.chunks.stamp.size, found.spans, found.parts), mode="r")
+    return pq.ParquetFile(held, metadata=found.footer, pre_buffer=False, page_checksum_verification=True)
+
+
+Indices = dict[Shard, Index]
+
+_indices: Indices = {}
+_files: dict[Shard, "OpenFile"] = {}  # the longest unused first
+_lock = threading.Lock()
+
+
+def _fetch(shard: Shard, groups: Sequence[int], columns: Sequence[str], reading: Reading, known: Indices) -> Fetched:
     try:
         if isinstance(shard.place, Path):
-            return _local(shard, shard.place, groups, columns)
-        return _remote(shard, shard.place, groups, columns, reading)
+            return _local(shard, shard.place, groups, columns, known)
+        return _remote(shard, shard.place, groups, columns, reading, known)
     except (Absent, FileNotFoundError) as error:
         raise DataError(f"the shard {shard.place} is missing; restore it, or build the data set again") from error
     except PermissionError as error:
@@ -147,116 +127,130 @@ def fetch(shard: Shard, groups: Sequence[int], columns: Sequence[str], reading: 
         raise DataError(f"the shard {shard.place} is damaged ({reason}); `shards verify` tells more") from error
 
 
-_footers: dict[Shard, Footer] = {}  # of this process, the longest unused first
-_lock = threading.Lock()
+def _index(shard: Shard, footer: pq.FileMetaData, stamp: Stamp, known: Indices) -> Index:
+    known[shard] = index = Index.of(footer, stamp)
+    return index
 
 
-def _remember(shard: Shard, footer: Footer) -> Footer:
-    with _lock:
-        _footers.pop(shard, None)
-        while len(_footers) >= OPEN_SHARDS:
-            _footers.pop(next(iter(_footers)))
-        _footers[shard] = footer
-    return footer
-
-
-def _local(shard: Shard, path: Path, groups: Sequence[int], columns: Sequence[str]) -> Fetched:
-    footer = _footers.get(shard)
-    if footer is None or footer.file is None or footer.stamp != _local_stamp(footer.file):
-        file = path.open("rb", buffering=0)
-        now = _local_stamp(file)
-        size = now.size
-        tail = _pread(file, max(0, size - (shard.footer or FOOTER)), size)
-        if (needed := _footer_length(tail)) > len(tail):
-            tail = _pread(file, max(0, size - needed), size)
-        footer = Footer(_parsed(tail), size, now, file)
-        weakref.finalize(footer, file.close)  # once no thread reads from it any more
-        _require_same(shard, footer)
-    _remember(shard, footer)
-    chunks = _chunks(footer, groups, columns)
-    spans = _spans(chunks)
-    parts = [_pread(footer.file, *span) for span in spans]
-    return Fetched(footer, chunks, Held(footer.size, spans, parts), 0)
-
-
-def _local_stamp(file: BinaryIO) -> Stamp:
-    """The stamp of an open file, which changes when it is written to in place."""
-    status = os.fstat(file.fileno())
-    return Stamp(status.st_size, str(status.st_mtime_ns))
-
-
-def _pread(file: BinaryIO | None, start: int, stop: int) -> memoryview:
-    """Bytes start..stop-1 of a file.  Raises OSError if it is shorter."""
-    assert file is not None
-    buffer = arrays.empty((stop - start,), np.uint8).data
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(file.fileno(), [buffer[done:]], start + done)
-        if count == 0:
-            raise OSError(f"it ends {len(buffer) - done} bytes too early")
-        done += count
-    return buffer
-
-
-def _require_same(shard: Shard, footer: Footer) -> None:
-    found = (footer.metadata.metadata or {}).get(CONTENT.encode(), b"").decode()
-    if footer.size != shard.bytes or (shard.content and found != shard.content):
+def _require_same(shard: Shard, footer: pq.FileMetaData, size: int) -> None:
+    found = (footer.metadata or {}).get(CONTENT.encode(), b"").decode()
+    if size != shard.bytes or (shard.content and found != shard.content):
         raise DataError(f"the shard {shard.place} is not the one that the manifest describes (its digest differs): it was "
                         "replaced after the data set was built; restore it, or build the data set again")  # fmt: skip
 
 
-def _remote(shard: Shard, place: UPath, groups: Sequence[int], columns: Sequence[str], reading: Reading) -> Fetched:
-    footer, faults = _remote_footer(shard, place, reading)
-    chunks = _chunks(footer, groups, columns)
-    spans = _spans(chunks)
-    cache = reading.cache if shard.content else None
-    kept = cache.get(shard.content, *spans) if cache else None
-    if kept is None or len(kept) != sum(stop - start for start, stop in spans):
-        now, failed = counted_stamp(place, reading.patience)
-        faults += failed
-        if now != footer.stamp:
-            footer, more = _remote_footer(shard, place, reading, afresh=True)
-            chunks, faults = _chunks(footer, groups, columns), faults + more
-            spans = _spans(chunks)
-        parts, more = read_ranges(place, spans, reading.patience)
-        if cache:
-            cache.put(b"".join(parts), shard.content, *spans)
-        return Fetched(footer, chunks, Held(footer.size, spans, [memoryview(part) for part in parts]), faults + more)
-    ends = np.cumsum([stop - start for start, stop in spans]).tolist()
-    parts = [memoryview(kept)[start:end] for start, end in zip([0, *ends], ends, strict=False)]
-    return Fetched(footer, chunks, Held(footer.size, spans, parts), faults)
+# ---- of a local file ----
 
 
-def _remote_footer(shard: Shard, place: UPath, reading: Reading, *, afresh: bool = False) -> tuple[Footer, int]:
-    """The shard's footer, remembered, cached or from the store, and how many requests failed before it came."""
-    known = None if afresh else _footers.get(shard)
-    if known:
-        return _remember(shard, known), 0
+class OpenFile:
+    """A file that is open as long as someone holds this, and stays the one that was opened whatever takes its name."""
+
+    def __init__(self, path: Path) -> None:
+        self.number = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        weakref.finalize(self, os.close, self.number)
+
+    def stamp(self) -> Stamp:
+        """What changes when the file is written to in place, and is another in every other file."""
+        status = os.fstat(self.number)
+        return Stamp(status.st_size, f"{status.st_ino}.{status.st_mtime_ns}")
+
+    def read(self, start: int, stop: int) -> memoryview:
+        """Bytes start..stop-1.  Raises OSError if the file is shorter."""
+        buffer = arrays.empty((stop - start,), np.uint8).data
+        done = 0
+        while done < len(buffer):
+            count = os.preadv(self.number, [buffer[done:]], start + done)
+            if count == 0:
+                raise OSError(f"it ends {len(buffer) - done} bytes too early")
+            done += count
+        return buffer
+
+
+def _local(shard: Shard, path: Path, groups: Sequence[int], columns: Sequence[str], known: Indices) -> Fetched:
+    file, index, footer = _files.get(shard), known.get(shard), None
+    if file is None or index is None or file.stamp() != index.stamp:
+        file = OpenFile(path)
+        stamp = file.stamp()
+        if index is None or index.stamp != stamp:
+            footer = _file_footer(shard, file, stamp.size)
+            index = _index(shard, footer, stamp, known)
+    with _lock:
+        _files.pop(shard, None)
+        while len(_files) >= OPEN_FILES:
+            _files.pop(next(iter(_files)))
+        _files[shard] = file
+    spans, places = index.find(groups, columns)
+    return Fetched(index, list(groups), spans, places, [file.read(*span) for span in spans], 0, footer)
+
+
+def _file_footer(shard: Shard, file: OpenFile, size: int) -> pq.FileMetaData:
+    tail = file.read(max(0, size - (shard.footer or FOOTER)), size)
+    if (needed := footer_length(tail)) > len(tail):
+        tail = file.read(max(0, size - needed), size)
+    footer = parsed(tail)
+    _require_same(shard, footer, size)
+    return footer
+
+
+# ---- of an object in a store ----
+
+
+def _remote(
+    shard: Shard, place: UPath, groups: Sequence[int], columns: Sequence[str], reading: Reading, known: Indices
+) -> Fetched:
+    index, footer, now, faults = known.get(shard), None, None, 0
+    if index is None and (kept := _kept_footer(shard, reading)):
+        footer, stamp = kept
+        index = _index(shard, footer, stamp, known)
+    if index is None:
+        now, faults = counted_stamp(place, reading.patience)
+        footer, more = _object_footer(shard, place, now, reading)
+        index, faults = _index(shard, footer, now, known), faults + more
+    spans, places = index.find(groups, columns)
     cache = reading.cache if shard.content else None
-    kept = cache.get(shard.content, "footer") if cache and not afresh else None
-    if kept:
-        tag, _, tail = kept.partition(b"\n")
-        return _remember(shard, Footer(_parsed(tail), shard.bytes, Stamp(shard.bytes, tag.decode()), None)), 0
-    now, faults = counted_stamp(place, reading.patience)
-    (tail,), more = read_ranges(place, [(max(0, now.size - (shard.footer or FOOTER)), now.size)], reading.patience)
-    faults += more
-    if (needed := _footer_length(tail)) > len(tail):
+    if cache and (parts := _divided(cache.get(shard.content, *spans), spans)):
+        return Fetched(index, list(groups), spans, places, parts, faults, footer)
+    if now is None:
+        now, more = counted_stamp(place, reading.patience)
+        faults += more
+        if now != index.stamp:
+            footer, more = _object_footer(shard, place, now, reading)
+            index, faults = _index(shard, footer, now, known), faults + more
+            spans, places = index.find(groups, columns)
+    read, more = read_ranges(place, spans, reading.patience)
+    if cache:
+        cache.put(b"".join(read), shard.content, *spans)
+    return Fetched(index, list(groups), spans, places, list(map(memoryview, read)), faults + more, footer)
+
+
+def _divided(data: bytes | None, spans: list[tuple[int, int]]) -> list[memoryview] | None:
+    """The bytes of each span out of those of all; None if they are not as many."""
+    ends = np.cumsum([stop - start for start, stop in spans], dtype=np.int64).tolist()
+    if data is None or len(data) != ends[-1]:
+        return None
+    return [memoryview(data)[start:end] for start, end in zip([0, *ends], ends, strict=False)]
+
+
+def _kept_footer(shard: Shard, reading: Reading) -> tuple[pq.FileMetaData, Stamp] | None:
+    """The footer that the cache holds, and the stamp of the object that it was read from."""
+    kept = reading.cache.get(shard.content, "footer") if reading.cache and shard.content else None
+    if not kept:
+        return None
+    tag, _, tail = kept.partition(b"\n")
+    return parsed(tail), Stamp(shard.bytes, tag.decode())
+
+
+def _object_footer(shard: Shard, place: UPath, now: Stamp, reading: Reading) -> tuple[pq.FileMetaData, int]:
+    """The footer from the store, which the cache then holds, and how many requests failed before it came."""
+    (tail,), faults = read_ranges(place, [(max(0, now.size - (shard.footer or FOOTER)), now.size)], reading.patience)
+    if (needed := footer_length(tail)) > len(tail):
         (tail,), more = read_ranges(place, [(max(0, now.size - needed), now.size)], reading.patience)
         faults += more
-    footer = Footer(_parsed(tail), now.size, now, None)
-    _require_same(shard, footer)
-    if cache:
-        cache.put(now.tag.encode() + b"\n" + tail, shard.content, "footer")
-    return _remember(shard, footer), faults
-
-
-def _footer_length(tail: bytes | memoryview) -> int:
-    """Bytes of the footer and what follows it, as the end of a Parquet file tells; 0 for other files."""
-    return int.from_bytes(tail[-TAIL:-4], "little") + TAIL if bytes(tail[-4:]) == b"PAR1" else 0
-
-
-def _parsed(tail: bytes | memoryview) -> pq.FileMetaData:
-    return pq.read_metadata(pa.BufferReader(tail))
+    footer = parsed(tail)
+    _require_same(shard, footer, now.size)
+    if reading.cache and shard.content:
+        reading.cache.put(now.tag.encode() + b"\n" + tail, shard.content, "footer")
+    return footer, faults
 
 
 class Held:

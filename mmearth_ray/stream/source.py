@@ -4,13 +4,14 @@ from collections import OrderedDict, deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from mmearth_ray.errors import UsageError
 from mmearth_ray.shards.manifest import Manifest
-from mmearth_ray.storage import is_remote
+from mmearth_ray.storage import Location, is_remote
+from mmearth_ray.stream.metadata import Metadata
 from mmearth_ray.stream.mixture import Mixture, by_size, by_weight
 from mmearth_ray.stream.plan import Plan, Slice
 from mmearth_ray.stream.prepare import Batch, Piece, SampleSpec, assemble
@@ -28,12 +29,45 @@ FETCH_AHEAD = 3
 
 
 @dataclass(frozen=True, eq=False)
+class Shards:
+    """The files of a data set, by number.  Held as arrays: an object for each of thousands would take a second to unpickle."""
+
+    folder: Location
+    files: np.ndarray
+    bytes: np.ndarray
+    contents: np.ndarray
+    footers: np.ndarray
+    made: dict[int, Shard] = field(default_factory=dict)
+
+    @staticmethod
+    def of(manifest: Manifest) -> "Shards":
+        records = manifest.shards
+        return Shards(
+            manifest.directory, np.array([r.file for r in records]), np.array([r.bytes for r in records], np.int64),
+            np.array([r.content for r in records]), np.array([r.footer for r in records], np.int64),
+        )  # fmt: skip
+
+    def __getitem__(self, number: int) -> Shard:
+        if number not in self.made:
+            place = self.folder / str(self.files[number])
+            shard = Shard(place, int(self.bytes[number]), str(self.contents[number]), int(self.footers[number]))
+            self.made[number] = shard
+        return self.made[number]
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return vars(self) | {"made": {}}
+
+
+@dataclass(frozen=True, eq=False)
 class TileSet:
     """One data set of a source: its chosen rows and their order.  `name` is what its samples' randomness goes by."""
 
     name: str
     tile_size: int
-    shards: tuple[Shard, ...]
+    shards: Shards
     selection: Selection
     plan: Plan
 
@@ -93,10 +127,12 @@ class Source:
             planned = ((self.spec_at(start), self.parts(start, stop)) for start, stop in ranges)
             for (spec, parts), coming in _with_next(planned, BATCHES_AHEAD):
                 groups.expect(part for later in (parts, *(parts for _, parts in coming)) for part in later)
-                pieces = [self._piece(part, groups.get(part)) for part in parts]
-                batch = assemble(spec, pieces)
+                gathered, places = gather(parts)
+                pieces = [self._piece(part, groups.get(part)) for part in gathered]
+                batch = assemble(spec, pieces, places)
                 if len(self.sets) > 1:
-                    batch["id"] = np.array([f"{piece.dataset}/{tile}" for piece in pieces for tile in piece.ids])
+                    owners = np.repeat([f"{piece.dataset}/" for piece in pieces], [len(piece.rows) for piece in pieces])
+                    batch["id"] = np.char.add(owners if places is None else owners[np.argsort(places)], batch["id"])
                 batch["faults"] = np.zeros(len(batch["id"]), np.int32)
                 batch["faults"][0] = groups.take_faults()
                 yield batch
@@ -105,6 +141,25 @@ class Source:
         tiles = self.sets[part.tiles]
         rows = tiles.selection.rows_of(part.slice.group)[part.slice.rows]
         return Piece(group, rows, part.slice.epoch, tiles.name)
+
+
+def gather(parts: Sequence[Part]) -> tuple[list[Part], np.ndarray | None]:
+    """The parts, those of one row group and epoch as one; then where each of their samples belongs, None if they are in order.
+
+    Where data sets or row groups are mixed, a part may be of one sample, which alone costs as much to prepare as many do.
+    """
+    same: dict[tuple[int, int, int], list[int]] = {}
+    for number, (tiles, taken) in enumerate(parts):
+        same.setdefault((tiles, taken.group, taken.epoch), []).append(number)
+    if len(same) == len(parts):
+        return list(parts), None
+    ends = np.cumsum([len(part.slice.rows) for part in parts])
+    places = [np.arange(end - len(part.slice.rows), end) for end, part in zip(ends, parts, strict=True)]
+    joined = [
+        Part(tiles, Slice(epoch, group, np.concatenate([parts[number].slice.rows for number in numbers])))
+        for (tiles, group, epoch), numbers in same.items()
+    ]
+    return joined, np.concatenate([places[number] for numbers in same.values() for number in numbers])
 
 
 def _with_next(items: Iterable[T], count: int) -> Iterator[tuple[T, list[T]]]:
@@ -128,7 +183,7 @@ class _Groups:
         self.expected: list[tuple[int, int]] = []
         self.coming: dict[tuple[int, int], Future[Fetched]] = {}
         self.faults = 0
-        remote = any(is_remote(tiles.shards[0].place) for tiles in source.sets)
+        remote = any(is_remote(tiles.shards.folder) for tiles in source.sets)
         self.pool = ThreadPoolExecutor(FETCH_AHEAD, "fetch") if remote else None
 
     def __enter__(self) -> "_Groups":
@@ -186,7 +241,7 @@ class _Groups:
 
     def _shard(self, tiles: int, group: int) -> Shard:
         found = self.source.sets[tiles]
-        return found.shards[found.selection.shard[group]]
+        return found.shards[int(found.selection.shard[group])]
 
 
 def open_source(
@@ -198,6 +253,7 @@ def open_source(
     weights: Sequence[float] | None = None,
     window: int = 1,
     reading: Reading = LOCAL,
+    metadata: Sequence[Metadata] = (),
     skip_empty: bool = False,
     turns: Sequence[SampleSpec] = (),
     turn: int = 1,
@@ -205,22 +261,23 @@ def open_source(
     """The source of the tiles for which `where` holds; errors name it by its setting, `key`.
 
     `weights`: shares of the data sets in the stream; without, each tile of all sets comes once in an epoch of them together.
+    `metadata`: of each data set, from a caller that chooses several times, so that it is read once.
     `skip_empty`: leave out sets without such a tile, as long as one has some.  `turns`: see `Source`.  Raises NothingSelected
     if there is none, UsageError if tiles are smaller than the crop.
     """
     sets, largest = [], max((spec, *turns), key=lambda s: s.image_size)
-    for manifest, name in zip(manifests, names_of(manifests), strict=True):
+    metadata = metadata or [Metadata(manifest, reading) for manifest in manifests]
+    for manifest, name, tiles in zip(manifests, names_of(manifests), metadata, strict=True):
         if largest.image_size > manifest.tile_size:
             named = f"model.image_size={spec.image_size}" if largest is spec else f"model.image_sizes: {largest.image_size} px"
             raise UsageError(
                 f"{named} is larger than the {manifest.tile_size} px tiles of {manifest.directory}; "
                 f"use at most {manifest.tile_size // largest.patch_size * largest.patch_size}"
             )
-        selection = select(manifest, where, key, reading)
+        selection = select(tiles, where, key)
         if len(selection.rows):
-            shards = tuple(Shard.of(manifest.directory, record) for record in manifest.shards)
             plan = Plan(selection.sizes, spec.seed, window)
-            sets.append(TileSet(name, manifest.tile_size, shards, selection, plan))
+            sets.append(TileSet(name, manifest.tile_size, Shards.of(manifest), selection, plan))
         elif not skip_empty or (manifest is manifests[-1] and not sets):
             raise NothingSelected(f'no tile of {manifest.directory} satisfies "{where}"; `shards inspect` tells what there is')
     mixture = by_weight(weights) if weights else by_size([tiles.plan.samples for tiles in sets])

@@ -2,18 +2,18 @@
 
 `checkpoints/step-00000100/` means 100 steps are done and holds `model.safetensors` (float32 weights by name),
 `optimizer.safetensors` (AdamW's moments by parameter name) and `state.json` (step, position, settings, digests, versions).
-In a directory it is written under `checkpoints/.incoming/` and renamed.  On an object store, where every file appears whole but
-no two at once, the state is written last and removed first: what has none is no checkpoint.  Workers find the newest one
-themselves.
+Tensors of more than 1 GiB are several files, each written by one of the workers (see `parts`).  In a directory it is written
+under `checkpoints/.incoming/` and renamed.  On an object store, where every file appears whole but no two at once, the state
+is written last and removed first: what has none is no checkpoint.  Workers find the newest one themselves.
 """
 
 import json
 import re
 import shutil
-from contextlib import suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors import SafetensorError
@@ -21,16 +21,19 @@ from safetensors.torch import save_file
 from torch import Tensor
 from upath import UPath
 
-from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, STATE, read_tensors
-from mmearth_ray.config import Config
+from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, INDEX, STATE, files_of
+from mmearth_ray.copies import at_hand, scratch, upload
 from mmearth_ray.errors import DataError
 from mmearth_ray.files import flush
+from mmearth_ray.keys import Config
 from mmearth_ray.patience import Absent
-from mmearth_ray.storage import Location, at_hand, below, locate, read_bytes, remove, upload
+from mmearth_ray.storage import Location, below, locate, names, read_bytes, remove
+from mmearth_ray.train.parts import LIMIT, Stored, Team, index_of, write_parts
 
 FOLDER = "checkpoints"
 INCOMING = ".incoming"
 MOMENTS_FILE = "optimizer.safetensors"
+ALONE = Team()
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -70,64 +73,93 @@ def newest(folder: Location) -> Location | None:
     return found[-1] if found else None
 
 
-def save(folder: Location, state: State, weights: dict[str, Tensor], moments: dict[str, Tensor], keep: int) -> Location:
-    """Write and commit a checkpoint, then remove all but the newest `keep` (0: none).
+def save(
+    folder: Location,
+    state: State,
+    weights: Mapping[str, Tensor],
+    moments: Mapping[str, Tensor],
+    keep: int,
+    keep_every: int = 0,
+    team: Team = ALONE,
+) -> Location:
+    """Write and commit a checkpoint, then remove all but the newest `keep` (0: none) and those of every `keep_every` steps.
 
-    Raises DataError if the disk or the store does not take it; what was committed before stays.
+    All workers of a team call it.  Raises DataError if the disk or the store does not take it; what was committed before stays.
     """
     final = checkpoint_path(folder, state.step)
-    try:
-        if isinstance(final, Path):
-            _save_locally(final, state, weights, moments)
-        else:
-            _put(final, state, weights, moments)
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"cannot write the checkpoint {final}: {error}; free space and run the command again") from error
-    if keep:
-        for old in committed(folder)[:-keep]:
-            with suppress(OSError, DataError):
-                _remove(old)
+    tensors_of = {CHECKPOINT_FILE: weights, MOMENTS_FILE: moments}
+    if isinstance(final, Path):
+        _save_locally(final, state, tensors_of, team)
+    else:
+        _put(final, state, tensors_of, team)
+    if keep and team.rank == 0:
+        with suppress(OSError, DataError):
+            for old in committed(folder)[:-keep]:
+                if not keep_every or int(old.name[-8:]) % keep_every:
+                    _remove(old)
     return final
 
 
-def _save_locally(final: Path, state: State, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
+def _save_locally(final: Path, state: State, tensors_of: Mapping[str, Mapping[str, Tensor]], team: Team) -> None:
     incoming = final.parent / INCOMING / final.name
+
+    def put(file: str, tensors: dict[str, Tensor]) -> None:
+        save_file(tensors, incoming / file)
+        flush(incoming / file)
+
     try:
-        shutil.rmtree(incoming, ignore_errors=True)
-        incoming.mkdir(parents=True)
-        _write(incoming, state, weights, moments)
-        for path in [*incoming.iterdir(), incoming]:
-            flush(path)
-        _remove(final)
-        incoming.replace(final)
-        flush(final.parent)
-    except (OSError, SafetensorError):
-        shutil.rmtree(incoming, ignore_errors=True)
+        with team.together(final):
+            if team.rank == 0:
+                shutil.rmtree(incoming, ignore_errors=True)
+                incoming.mkdir(parents=True)
+        with team.together(final):
+            write_parts(tensors_of, team, put, LIMIT)
+        with team.together(final):
+            if team.rank == 0:
+                for path in _write_texts(incoming, state, tensors_of):
+                    flush(path)
+                flush(incoming)
+                _remove(final)
+                incoming.replace(final)
+                flush(final.parent)
+    except DataError:
+        if team.rank == 0:
+            shutil.rmtree(incoming, ignore_errors=True)
         raise
 
 
-def _put(final: UPath, state: State, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-    remove(final / STATE)
-    with TemporaryDirectory(prefix="mmearth-ray-") as local:
-        _write(Path(local), state, weights, moments)
-        for name in (CHECKPOINT_FILE, MOMENTS_FILE, STATE):
-            upload(Path(local) / name, final / name)
+def _put(final: UPath, state: State, tensors_of: Mapping[str, Mapping[str, Tensor]], team: Team) -> None:
+    def put(file: str, tensors: dict[str, Tensor]) -> None:
+        with scratch() as local:
+            save_file(tensors, local / file)
+            upload(local / file, final / file)
+
+    with team.together(final):
+        if team.rank == 0:
+            _remove(final)
+    with team.together(final):
+        write_parts(tensors_of, team, put, LIMIT)
+    with team.together(final):
+        if team.rank == 0:
+            with scratch() as local:
+                for path in _write_texts(local, state, tensors_of):
+                    upload(path, final / path.name)
 
 
-def _write(folder: Path, state: State, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-    save_file(_plain(weights), folder / CHECKPOINT_FILE)
-    save_file(_plain(moments), folder / MOMENTS_FILE)
-    (folder / STATE).write_text(json.dumps(vars(state), indent=1), encoding="utf-8")
-
-
-def _plain(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-    return {name: tensor.detach().to("cpu").contiguous() for name, tensor in tensors.items()}
+def _write_texts(folder: Path, state: State, tensors_of: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
+    """Write what is no tensors, and return it; the state comes last."""
+    indices = {file + INDEX: index_of(file, tensors, LIMIT) for file, tensors in tensors_of.items()}
+    texts = {file: text for file, text in indices.items() if text} | {STATE: json.dumps(vars(state), indent=1)}
+    for file, text in texts.items():
+        (folder / file).write_text(text, encoding="utf-8")
+    return [folder / file for file in texts]
 
 
 def _remove(path: Location) -> None:
     """Take a checkpoint from under its name at once, then delete it: what has the name is always complete."""
     if not isinstance(path, Path):
-        for name in (STATE, CHECKPOINT_FILE, MOMENTS_FILE):
+        remove(path / STATE)
+        for name in below(path):
             remove(path / name)
     elif path.exists():
         doomed = path.parent / INCOMING / f"{path.name}.removed"
@@ -148,13 +180,20 @@ def load_state(path: Location) -> State:
         raise DataError(_unreadable(path, error)) from error
 
 
-def load_tensors(path: Location) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """The checkpoint's weights and moments, on the CPU.  Raises DataError if they cannot be read."""
-    with at_hand(path, (CHECKPOINT_FILE, MOMENTS_FILE)) as local:
+@contextmanager
+def opened(path: Location) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
+    """The checkpoint's weights and moments, on the CPU, each read when it is asked for.
+
+    Raises DataError if they cannot be read.
+    """
+    files = [] if isinstance(path, Path) else [name for name in names(path) if name != STATE]
+    with ExitStack() as stack:
         try:
-            return read_tensors(local / CHECKPOINT_FILE), read_tensors(local / MOMENTS_FILE)
-        except DataError as error:
-            raise DataError(_unreadable(path, error.__cause__)) from error
+            local = stack.enter_context(at_hand(path, files))
+            found = [Stored(files_of(local, file) or (local / file,), stack) for file in (CHECKPOINT_FILE, MOMENTS_FILE)]
+        except (OSError, SafetensorError) as error:
+            raise DataError(_unreadable(path, error)) from error
+        yield found[0], found[1]
 
 
 def _unreadable(path: Location, reason: BaseException | None) -> str:

@@ -1,22 +1,79 @@
-"""The engine: how the workers of a run act as one optimizer.  The loop sees this interface and nothing below it.
+"""The engine: how the workers of a run act as one optimizer.  The loop sees the interface `Engine` and nothing below it.
 
 Gradients are sums over workers and micro-batches, because every loss is already divided by what the whole global batch
 holds; DistributedDataParallel averages, which is undone by scaling the loss with the number of workers.
 """
 
 import inspect
+from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.checkpoint import checkpoint
 
-from mmearth_ray.config import Optimizer
+from mmearth_ray.keys import Optimizer
+from mmearth_ray.model.layers import Block
 from mmearth_ray.objective import Objective
 from mmearth_ray.train.compiled import compile_checked
+
+MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of a parameter
+
+
+class Engine(Protocol):
+    """What the loop sees of an engine.  Every worker makes the same calls in the same order, with its own batches.
+
+    Weights, moments and gradients are float32; with the precision "bf16" matrices and convolutions run in bfloat16 (autocast).
+    """
+
+    module: Objective
+    device: torch.device
+    forwarded: Callable[[], None]
+    """Called by `backward` between its forward and its backward pass; whoever measures them sets it."""
+
+    def backward(self, batch: dict[str, Tensor], totals: Tensor, share: float, *, last: bool) -> Tensor:
+        """Add a micro-batch's gradients; with the step's last one they are summed over workers.  Returns sums (T,)."""
+        ...
+
+    def step(self, learning_rate: float) -> Tensor:
+        """Apply the gradients and clear them, unless one is not finite now or was not earlier.
+
+        Returns whether they were applied, a bool () on the device; the same on every worker, since gradients are sums over
+        workers.
+        """
+        ...
+
+    def evaluate(self, batch: dict[str, Tensor], totals: Tensor) -> Tensor:
+        """Sums of errors per target (T,), of this worker's batch alone."""
+        ...
+
+    def reconstruct(self, batch: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        """What the objective's `reconstruct` gives; all workers ask for the same batch."""
+        ...
+
+    def log_variances(self) -> Tensor | None:
+        """A copy of the weights of the losses as they are now (T,), or None where they have none."""
+        ...
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        """The sum over workers, on the device."""
+        ...
+
+    def weights(self) -> Mapping[str, Tensor]:
+        """All parameters by name, float32."""
+        ...
+
+    def moments(self) -> Mapping[str, Tensor]:
+        """AdamW's state by parameter name: `exp_avg/<name>`, `exp_avg_sq/<name>`, `step/<name>`."""
+        ...
+
+    def restore(self, moments: Mapping[str, Tensor]) -> None:
+        """Load what `moments` gave, possibly under another engine or number of workers."""
+        ...
 
 
 def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
@@ -38,6 +95,22 @@ def parameter_groups(module: nn.Module, weight_decay: float) -> list[dict[str, A
     ]
 
 
+def recompute_blocks(module: nn.Module, *, reentrant: bool) -> None:
+    """Let every block keep its input alone and compute its activations again in the backward pass.
+
+    `reentrant`: where parameters come and go with the passes, what was saved cannot be compared with what is computed again.
+    """
+    for block in module.modules():
+        if isinstance(block, Block):
+            block.forward = partial(_recomputed, block.forward, reentrant)  # type: ignore[method-assign]
+
+
+def _recomputed(forward: Any, reentrant: bool, *inputs: Any) -> Any:
+    if not torch.is_grad_enabled():
+        return forward(*inputs)
+    return checkpoint(forward, *inputs, use_reentrant=reentrant, preserve_rng_state=False)
+
+
 def send(tensor: Tensor, device: torch.device) -> Tensor:
     """The tensor on the device; the host waits for nothing, which takes pinned memory."""
     if device.type == "cuda" and tensor.device.type == "cpu":
@@ -52,10 +125,14 @@ def ddp(module: nn.Module, **options: Any) -> DistributedDataParallel:
     return DistributedDataParallel(module, gradient_as_bucket_view=True, **{buffers: False}, **options)
 
 
+def unmeasured() -> None:
+    """What an engine calls between its passes where nobody measures them."""
+
+
 class DDPEngine:
     """Every worker holds the whole model; gradients are all-reduced while the backward pass runs.
 
-    Weights, moments and gradients are float32; with the precision "bf16" matrices and convolutions run in bfloat16 (autocast).
+    `clip`: the largest norm of all gradients together; 0: any.
 
     Of a model for several image sizes, a step trains what its own size passes.  Parameters of the other sizes are left alone:
     weights, moments and the count of steps that corrects them stay as they are, without decay.  So a parameter's history is
@@ -63,15 +140,23 @@ class DDPEngine:
     """
 
     def __init__(
-        self, module: Objective, settings: Optimizer, device: torch.device, precision: str = "fp32", compiled: bool = False
+        self,
+        module: Objective,
+        settings: Optimizer,
+        device: torch.device,
+        precision: str = "fp32",
+        compiled: bool = False,
+        clip: float = 0.0,
     ) -> None:
         self.module = module.to(device)
+        self.clip = clip
         self.device = device
         self.precision = precision
         self.to_compile = compiled
         self.compiled_for: set[int] = set()
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
         self.healthy = torch.ones((), dtype=torch.bool, device=device)
+        self.forwarded: Callable[[], None] = unmeasured
         self.workers = dist.get_world_size() if dist.is_initialized() else 1
         self.optimizer = torch.optim.AdamW(
             parameter_groups(self.module, settings.weight_decay),
@@ -83,7 +168,6 @@ class DDPEngine:
             self.forward = ddp(self.module, device_ids=devices)
 
     def backward(self, batch: dict[str, Tensor], totals: Tensor, share: float, *, last: bool) -> Tensor:
-        """Add a micro-batch's gradients; on the step's last one they are summed over workers.  Returns sums (T,)."""
         patch_size = self.module.patch_size(batch)
         if self.to_compile and patch_size not in self.compiled_for:  # before DistributedDataParallel sees a first such batch
             self.compiled_for.add(patch_size)
@@ -92,6 +176,7 @@ class DDPEngine:
         with waits:
             with self.autocast():
                 loss, sums = self.forward(batch, totals, share)
+            self.forwarded()
             (loss * self.workers).backward()
         for parameter in self.module.model.idle(patch_size) if last else ():
             parameter.grad = None  # zero everywhere, on all workers; AdamW passes over parameters without one
@@ -99,19 +184,22 @@ class DDPEngine:
 
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor], totals: Tensor) -> Tensor:
-        """Sums of errors per target (T,), on this worker alone."""
         with self.autocast():
             return self.module.forward(batch, totals, 1.0)[1]  # not compiled: batches of any size come by
 
-    def step(self, learning_rate: float) -> Tensor:
-        """Apply the gradients and clear them, unless one is not finite now or was not earlier.
+    def reconstruct(self, batch: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        return self.module.reconstruct(batch)
 
-        Returns whether they were applied, a bool () on the device; the same on every worker, since gradients are sums over
-        workers.
-        """
+    def log_variances(self) -> Tensor | None:
+        held = self.module.log_variances
+        return None if held is None else held.detach().clone()
+
+    def step(self, learning_rate: float) -> Tensor:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
         largest = torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf)  # unlike the 2-norm, this cannot overflow
         self.healthy = self.healthy & largest.isfinite()
+        if self.clip:
+            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         # The fused kernel's own switch, which GradScaler uses as well: nothing waits for the device.
@@ -121,31 +209,38 @@ class DDPEngine:
         return self.healthy
 
     def all_sum(self, values: Tensor) -> Tensor:
-        """The sum over workers, on the device."""
-        held = send(values, self.device).clone()
-        if self.workers > 1:
-            dist.all_reduce(held)
-        return held
+        return all_sum(values, self.device)
 
     def weights(self) -> dict[str, Tensor]:
-        """All parameters by name, float32."""
         return {name: p.detach() for name, p in self.module.named_parameters()}
 
     def moments(self) -> dict[str, Tensor]:
-        """AdamW's state by parameter name: `exp_avg/<name>`, `exp_avg_sq/<name>`, `step/<name>`."""
         found = {}
         for name, parameter in self.module.named_parameters():
             for kind, value in self.optimizer.state.get(parameter, {}).items():
                 found[f"{kind}/{name}"] = value
         return found
 
-    def restore(self, weights: dict[str, Tensor], moments: dict[str, Tensor]) -> None:
-        """Load what `weights` and `moments` gave, possibly under another engine or number of workers."""
-        with torch.no_grad():
-            for name, parameter in self.module.named_parameters():
-                parameter.copy_(weights[name])
-                state = {key.split("/", 1)[0]: value for key, value in moments.items() if key.split("/", 1)[1] == name}
-                self.optimizer.state[parameter] = {kind: value.to(self.device, copy=True) for kind, value in state.items()}
+    def restore(self, moments: Mapping[str, Tensor]) -> None:
+        for name, parameter in self.module.named_parameters():
+            kinds = [kind for kind in MOMENTS if f"{kind}/{name}" in moments]
+            if kinds:
+                state = {kind: moments[f"{kind}/{name}"].to(self.device, copy=True) for kind in kinds}
+                self.optimizer.state[parameter] = state
 
 
-ENGINES = {"ddp": DDPEngine}
+def all_sum(values: Tensor, device: torch.device) -> Tensor:
+    """The sum over workers, on the device."""
+    held = send(values, device).clone()
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        dist.all_reduce(held)
+    return held
+
+
+def first_said(engine: Engine, rank: int, workers: int, text: str) -> str:
+    """The first text that is not empty, in the order of workers, cut to 500 bytes: the same on all of them."""
+    said = torch.zeros(workers, 500, dtype=torch.int64)
+    given = text.encode()[:500]
+    said[rank, : len(given)] = torch.tensor(list(given), dtype=torch.int64)
+    texts = (bytes(row).rstrip(b"\0").decode(errors="ignore") for row in engine.all_sum(said).tolist())
+    return next((text for text in texts if text), "")

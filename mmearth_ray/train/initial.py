@@ -5,7 +5,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, ENCODER_FILE, EXPORTED, open_exported, read_tensors
+from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, ENCODER_FILE, EXPORTED, files_of, open_exported, read_tensors
 from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import Experiment, build_objective
 from mmearth_ray.objective import ENCODER
@@ -38,7 +38,9 @@ def initial_tensors(path: Path) -> dict[str, Tensor]:
         return read_tensors(path)
     if _is_described(path):
         return open_exported(path).tensors()
-    for file in (path / CHECKPOINT_FILE, path / ENCODER_FILE, path / EXPORTED / ENCODER_FILE):
+    if parts := files_of(path, CHECKPOINT_FILE):
+        return {name: tensor for part in parts for name, tensor in read_tensors(part).items()}
+    for file in (path / ENCODER_FILE, path / EXPORTED / ENCODER_FILE):
         if file.is_file():
             return read_tensors(file)
     raise DataError(

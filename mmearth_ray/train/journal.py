@@ -3,6 +3,7 @@
 import json
 import math
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -45,6 +46,21 @@ def cut_back(run: Path, step: int) -> None:
         with path.open(encoding="utf-8") as old, temporary.open("w", encoding="utf-8") as new:
             new.writelines(line for line in old if _step_of(line) <= step)
         temporary.replace(path)
+
+
+def lines(path: Path, first: int, last: int) -> Iterator[dict[str, Any]]:
+    """What a file holds of the steps from `first` to `last`, in order; nothing where there is no file."""
+    if path.exists() and first <= last:
+        with path.open(encoding="utf-8") as file:
+            yield from (json.loads(line) for line in file if first <= _step_of(line) <= last)
+
+
+def last_step(path: Path) -> int:
+    """The last step that a file holds a whole line of; 0 where there is none."""
+    if not path.exists():
+        return 0
+    with path.open(encoding="utf-8") as file:
+        return int(max((step for line in file if (step := _step_of(line)) < math.inf), default=0))
 
 
 def _step_of(line: str) -> float:

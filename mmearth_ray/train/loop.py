@@ -4,11 +4,11 @@ A step: take this worker's micro-batches from the stream, agree with the other w
 global batch holds, run forward and backward on each micro-batch, update, write down what happened.
 """
 
-import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -20,15 +20,22 @@ from torch import Tensor
 from mmearth_ray.config import learning_rate_of, micro_batch_of
 from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import Experiment, build_objective, fixed_settings, versions
+from mmearth_ray.patience import note, take_noted
 from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.stream.prepare import Batch
 from mmearth_ray.stream.source import Source
 from mmearth_ray.train import checkpoint
-from mmearth_ray.train.engine import ENGINES, DDPEngine, send
+from mmearth_ray.train.clock import Clock
+from mmearth_ray.train.engine import Engine, first_said, send
+from mmearth_ray.train.engines import build_engine
 from mmearth_ray.train.initial import load_initial
-from mmearth_ray.train.journal import METRICS, Journal, cut_back, ledger_path
+from mmearth_ray.train.journal import Journal, cut_back, ledger_path
 from mmearth_ray.train.outputs import description_of, draw_reconstructions, export_model
+from mmearth_ray.train.ownership import require_claim
+from mmearth_ray.train.parts import Team, fill
+from mmearth_ray.train.peak import Utilisation, peak_of
 from mmearth_ray.train.schedule import learning_rate
+from mmearth_ray.train.trackers import Metrics, remember_run
 from mmearth_ray.train.window import Found, Sums, Window, fetch
 
 # Batches are only ever read, so it does not matter that arrays from the object store cannot be written.
@@ -66,57 +73,57 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
     """
     torch.set_num_threads(worker.threads)
     config = experiment.config
-    engine = ENGINES[config.train.engine](
-        build_objective(experiment), config.optimizer, worker.device, config.train.precision, config.train.compile
-    )
-    done = _restore(experiment, engine)
+    engine, done = _begin(experiment, worker)
     if engine.all_sum(torch.tensor([done])).item() != done * worker.workers:
         raise RuntimeError(f"workers found different newest checkpoints in {experiment.run} (this one step {done})")
-    if worker.rank == 0:
-        cut_back(experiment.run, done)
-        checkpoint.clear_incoming(checkpoint.directory_of(config))
-    _barrier()
+    _take_back(experiment, worker, done)
     ranges = MicroBatches(
         done + 1, experiment.last_step, global_batch=config.train.global_batch,
-        workers=worker.workers, rank=worker.rank, micro_batch=micro_batch_of(config),
+        workers=worker.workers, rank=worker.rank, micro_batch=micro_batch_of(config, worker.workers),
     )  # fmt: skip
     with ExitStack() as files:
-        metrics = files.enter_context(Journal(experiment.run / METRICS)) if worker.rank == 0 else None
+        metrics = files.enter_context(Metrics(experiment, done)) if worker.rank == 0 else None
         ledger = files.enter_context(Journal(ledger_path(experiment.run, worker.rank))) if config.train.ledger else None
         stream = open_stream(experiment.source, ranges) if len(ranges) else iter(())
-        saved, stop, window = done, False, Window(time.perf_counter())
+        saved, stop, clock, use = done, False, Clock.of(worker.device), _utilisation(experiment, worker)
+        window, engine.forwarded = Window(clock), partial(clock.enter, "backward")
         for step in range(done + 1, experiment.last_step + 1):
-            begin = time.perf_counter()
+            clock.enter("data_wait")
             batches = [next(stream) for _ in range(ranges.per_step)]
-            wait = time.perf_counter() - begin
             rate = _learning_rate(experiment, step)
-            found = _step(engine, batches, worker, rate, local=config.train.averaging == "local")
-            window.add(found, {"step": step, "lr": rate}, wait)
+            found = _step(engine, batches, worker, rate, clock, local=config.train.averaging == "local")
+            window.add(found, {"step": step, "lr": rate})
             if ledger:
                 ledger.write({"step": step, "world": worker.workers, "ids": [i for b in batches for i in b["id"].tolist()]})
             if not _is_due(experiment, step, worker.device):
                 continue
-            sums, stop = fetch(window.found, engine, control.should_stop() if worker.rank == 0 else False)
-            entries = window.entries(experiment, sums, time.perf_counter())
+            sums, stop, memory = fetch(window.found, engine, control.should_stop() if worker.rank == 0 else False)
+            entries = window.entries(experiment, sums, memory, use)
             _require_finite(experiment, sums, entries, metrics)
             if experiment.held_out and (step % config.validate.every == 0 or step == experiment.steps):
+                clock.enter("validation")
                 entries[-1]["validation"] = validate(experiment, engine, worker, experiment.held_out)
+                clock.enter("rest")
             if metrics:
                 for entry in entries:
                     metrics.write(entry)
                 control.tell(entries[-1])
             last = stop or step == experiment.last_step
             if last or step % config.checkpoint.every == 0:
+                clock.enter("checkpoint")
                 _save(experiment, engine, worker, step, [f for f in (metrics, ledger) if f])
                 saved = step
             if config.figure.every and step % config.figure.every == 0 and not last:
-                _draw(experiment, engine, worker, step)
+                clock.enter("figure")
+                _draw(experiment, engine, worker, step, metrics)
             if stop:
                 break
-            window = Window(time.perf_counter())
-    _draw(experiment, engine, worker, saved)
+            clock.enter("rest")
+            window = Window(clock)
+        _draw(experiment, engine, worker, saved, metrics)
     if worker.rank == 0:
-        export_model(experiment, engine.weights(), saved)
+        with checkpoint.opened(checkpoint.checkpoint_path(checkpoint.directory_of(config), saved)) as (weights, _):
+            export_model(experiment, weights, saved)
     _barrier()
 
 
@@ -131,27 +138,33 @@ def _is_due(experiment: Experiment, step: int, device: torch.device) -> bool:
     return step in (experiment.last_step, experiment.steps) or any(n and step % n == 0 for n in intervals)
 
 
-def _step(engine: DDPEngine, batches: list[Batch], worker: Worker, rate: float, *, local: bool) -> Found:
+def _step(engine: Engine, batches: list[Batch], worker: Worker, rate: float, clock: Clock, *, local: bool) -> Found:
     """One optimizer step over this worker's micro-batches; what it found stays on the device.
 
     Errors are divided by the valid elements of the global batch or, as published, by the micro-batch's own (`local`).
     A gradient that is not finite leaves the weights as they are, at this step and at all later ones.
     """
+    clock.enter("rest")
     mine = [send(torch.from_numpy(batch["count"].sum(0)), engine.device) for batch in batches]
     totals = engine.all_sum(torch.stack(mine).sum(0))
     share = 1.0 / (worker.workers * len(batches))
     errors = torch.zeros(len(totals), dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(batches, 1):
+        clock.enter("to_device")
         tensors = to_device(batch, engine.device)
+        clock.enter("forward")
         divisors = mine[number - 1] / share if local else totals
         errors += engine.backward(tensors, divisors, share, last=number == len(batches)).double()
-    log_variances = engine.module.log_variances
-    weighed_with = None if log_variances is None else log_variances.detach().clone()
+    weighed_with = engine.log_variances()
+    clock.enter("optimizer")
+    applied = engine.step(rate)
+    clock.enter("rest")
     tiles = sum(len(batch["id"]) for batch in batches) * worker.workers
-    return Found(errors, totals, weighed_with, engine.step(rate), tiles, sum(int(batch["faults"].sum()) for batch in batches))
+    faults = sum(int(batch["faults"].sum()) for batch in batches) + take_noted()  # those of checkpoints and figures
+    return Found(errors, totals, weighed_with, applied, tiles, faults)
 
 
-def _require_finite(experiment: Experiment, sums: list[Sums], entries: list[dict[str, Any]], metrics: Journal | None) -> None:
+def _require_finite(experiment: Experiment, sums: list[Sums], entries: list[dict[str, Any]], metrics: Metrics | None) -> None:
     """Raise DataError at the first step whose loss or gradient was not finite; the lines of those before it are written."""
     for number, s in enumerate(sums):
         if not s.applied or not np.isfinite(s.loss):
@@ -168,29 +181,46 @@ def _not_finite(experiment: Experiment, step: int, sums: Sums) -> str:
     )
 
 
-def validate(experiment: Experiment, engine: DDPEngine, worker: Worker, held_out: Source) -> dict[str, Any]:
-    """The loss on the first held-out tiles, each with a fixed crop and mask; every worker takes an equal part."""
+def validate(experiment: Experiment, engine: Engine, worker: Worker, held_out: Source) -> dict[str, Any]:
+    """The loss on the first held-out tiles, each with a fixed crop and mask; every worker takes an equal part.
+
+    Workers may hold parts of the model, so all make the same number of passes: one with less to do looks at a tile in vain.
+    """
     tiles = min(held_out.samples, experiment.config.validate.tiles)
     first, last = (tiles * r // worker.workers for r in (worker.rank, worker.rank + 1))
-    size = micro_batch_of(experiment.config)
+    size = micro_batch_of(experiment.config, worker.workers)
     ranges = [(start, min(start + size, last)) for start in range(first, last, size)]
+    most = -(-tiles // worker.workers)
+    in_vain = [(0, 1)] * (-(-most // size) - len(ranges))
     targets = len(experiment.spec.targets)
     counts = torch.zeros(targets, dtype=torch.int64)
     errors = torch.zeros(targets, dtype=torch.float64, device=engine.device)
-    for batch in held_out.batches(ranges):
+    faults = 0
+    for number, batch in enumerate(held_out.batches([*ranges, *in_vain])):
+        faults += int(batch["faults"].sum())
         mine = torch.from_numpy(batch["count"].sum(0))
-        counts += mine
-        errors += engine.evaluate(to_device(batch, engine.device), mine.to(engine.device)).double()
+        sums = engine.evaluate(to_device(batch, engine.device), mine.to(engine.device)).double()
+        if number < len(ranges):
+            counts += mine
+            errors += sums
     applied = torch.ones((), dtype=torch.bool, device=engine.device)
-    found = Found(errors, engine.all_sum(counts), engine.module.log_variances, applied, tiles)
-    (sums,), _ = fetch([found], engine)
-    return sums.report(experiment.spec)
+    found = Found(errors, engine.all_sum(counts), engine.log_variances(), applied, tiles, faults)
+    (sums,) = fetch([found], engine).steps
+    return {**sums.report(experiment.spec), "storage_faults": sums.faults}
 
 
 def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
     """The batch's numeric arrays as tensors, in their native types."""
     arrays = {name: array for name, array in batch.items() if array.dtype.kind in "buif"}
     return {name: send(torch.from_numpy(array), device) for name, array in arrays.items()}
+
+
+def _utilisation(experiment: Experiment, worker: Worker) -> Utilisation:
+    """Of all workers' devices, by what rank 0, which writes it down, knows of its own."""
+    log, precision = experiment.config.log, experiment.config.train.precision
+    return Utilisation(
+        experiment, peak_of(worker.device, precision, log.peak_tflops) if worker.rank == 0 else None, worker.workers
+    )
 
 
 def _learning_rate(experiment: Experiment, step: int) -> float:
@@ -201,39 +231,59 @@ def _learning_rate(experiment: Experiment, step: int) -> float:
     )  # fmt: skip
 
 
-def _restore(experiment: Experiment, engine: DDPEngine) -> int:
-    """Load the newest checkpoint, or the weights to start from.  Returns the steps that are done."""
-    found = checkpoint.newest(checkpoint.directory_of(experiment.config))
-    if found:
-        engine.restore(*checkpoint.load_tensors(found))
-        return checkpoint.load_state(found).step
-    if experiment.config.model.init:
-        load_initial(engine.module, Path(experiment.config.model.init))
-    return 0
+def _begin(experiment: Experiment, worker: Worker) -> tuple[Engine, int]:
+    """The engine around the newest checkpoint, or around the weights to start from, and the steps that are done."""
+    require_claim(experiment)
+    config = experiment.config
+    found = checkpoint.newest(checkpoint.directory_of(config))
+    module = build_objective(experiment, initial=not found)
+    if not found:
+        if config.model.init:
+            load_initial(module, Path(config.model.init))
+        return build_engine(module, config, worker.device, worker.workers), 0
+    with checkpoint.opened(found) as (weights, moments):
+        fill(module, weights)
+        engine = build_engine(module, config, worker.device, worker.workers)
+        engine.restore(moments)
+    return engine, checkpoint.load_state(found).step
 
 
-def _save(experiment: Experiment, engine: DDPEngine, worker: Worker, step: int, journals: list[Journal]) -> None:
-    """Make the journals safe on every worker, then let rank 0 commit a checkpoint."""
+def _take_back(experiment: Experiment, worker: Worker, done: int) -> None:
+    """Drop what an earlier start wrote after the restored step; no worker goes on before."""
+    if worker.rank == 0:
+        remember_run(experiment)
+        cut_back(experiment.run, done)
+        checkpoint.clear_incoming(checkpoint.directory_of(experiment.config))
+    _barrier()
+
+
+def _save(experiment: Experiment, engine: Engine, worker: Worker, step: int, journals: Sequence[Metrics | Journal]) -> None:
+    """Make the journals safe on every worker, then write a checkpoint together."""
     for journal in journals:
         journal.flush()
-    _barrier()
-    if worker.rank == 0:
-        state = checkpoint.State(
-            step=step, position=step * experiment.config.train.global_batch,
-            settings=fixed_settings(experiment.config), identity=experiment.identity, versions=versions(),
-            description=description_of(experiment, step).to_json(),
-        )  # fmt: skip
-        folder, keep = checkpoint.directory_of(experiment.config), experiment.config.checkpoint.keep
-        checkpoint.save(folder, state, engine.weights(), engine.moments(), keep)
-    _barrier()
+    folder, kept = checkpoint.directory_of(experiment.config), experiment.config.checkpoint
+    team = Team(worker.rank, worker.workers, partial(first_said, engine, worker.rank, worker.workers))
+    with team.together(folder):
+        if worker.rank == 0:
+            require_claim(experiment)
+    state = checkpoint.State(
+        step=step, position=step * experiment.config.train.global_batch,
+        settings=fixed_settings(experiment.config), identity=experiment.identity, versions=versions(),
+        description=description_of(experiment, step).to_json(),
+    )  # fmt: skip
+    checkpoint.save(folder, state, engine.weights(), engine.moments(), kept.keep, kept.keep_every, team)
 
 
-def _draw(experiment: Experiment, engine: DDPEngine, worker: Worker, step: int) -> None:
-    """Rank 0 draws what the model makes of the first held-out (or training) tiles."""
-    if worker.rank == 0 and experiment.config.figure.tiles:
-        source = experiment.held_out or replace(experiment.source, turns=())
-        batch = next(source.batches([(0, min(experiment.config.figure.tiles, source.samples))]))
-        draw_reconstructions(experiment, engine.module, batch, to_device(batch, engine.device), step)
+def _draw(experiment: Experiment, engine: Engine, worker: Worker, step: int, metrics: Metrics | None) -> None:
+    """Draw what the model makes of the first held-out (or training) tiles.  All workers compute it, rank 0 keeps it."""
+    if not experiment.config.figure.tiles:
+        return
+    source = experiment.held_out or replace(experiment.source, turns=())
+    batch = next(source.batches([(0, min(experiment.config.figure.tiles, source.samples))]))
+    note(int(batch["faults"].sum()))
+    shown = engine.reconstruct(to_device(batch, engine.device))
+    if metrics:
+        metrics.figure(draw_reconstructions(experiment, batch, shown, step), step)
 
 
 def _barrier() -> None:

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from mmearth_ray.checkpoints.folder import EXPORTED, Description, open_exported, statistics_by_product, write_exported
@@ -13,7 +12,6 @@ from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import Experiment, fixed_settings, versions
 from mmearth_ray.modalities import Kind
 from mmearth_ray.model.encoder import SIZES
-from mmearth_ray.objective import Objective
 from mmearth_ray.report.reconstruction import draw_reconstruction
 from mmearth_ray.stream.prepare import Batch, valid_mask
 
@@ -67,13 +65,12 @@ def description_of(experiment: Experiment, step: int) -> Description:
     )  # fmt: skip
 
 
-def draw_reconstructions(
-    experiment: Experiment, objective: Objective, batch: Batch, tensors: dict[str, Tensor], step: int
-) -> Path:
-    """Draw input, visible patches, truth and prediction of every target for the samples of `batch`."""
+def draw_reconstructions(experiment: Experiment, batch: Batch, shown: Mapping[str, Mapping[str, Tensor]], step: int) -> Path:
+    """Draw input, visible patches, truth and prediction of every target for the samples of `batch`.
+
+    `shown`: what the objective's `reconstruct` made of them.
+    """
     spec = experiment.spec
-    with torch.no_grad():
-        shown = objective.reconstruct(tensors)
     arrays = {name: {k: v.detach().cpu().numpy() for k, v in parts.items()} for name, parts in shown.items()}
     side = spec.image_size // spec.patch_size
     samples = []

@@ -174,7 +174,7 @@ def test_a_process_that_hands_over_may_end_and_may_not_write_beyond_a_slot() -> 
 def test_every_way_counts_the_tiles_that_it_gives(way: str, manifest: Manifest, tiles: Tiles) -> None:
     data = tiles.hdf5 if way == "hdf5" else manifest.directory
     numbers = list(islice(WAYS[way](job(way, data), 0), 4))
-    assert numbers == ([5, 5, 5, 5] if way == "raw" else [4, 4, 4, 4])  # raw: row groups
+    assert numbers == ([5, 5, 5, 5] if way in ("raw", "checked") else [4, 4, 4, 4])  # row groups there
 
 
 def test_the_micro_batches_are_those_of_training() -> None:
@@ -234,7 +234,7 @@ def test_every_way_takes_its_turn_with_its_own_data(tiles: Tiles, monkeypatch: p
     options, shape = Options(cores=[1, 2], compression="lz4"), Shape(IMAGE, PATCH, tiles, None)
     found = list(contenders(options, shape))
     assert [(c.way, c.compression) for c, _ in found] == [
-        *((way, c) for way in ("raw", "reader") for c in ("zstd", "lz4", "none")),
+        *((way, c) for way in ("raw", "checked", "reader") for c in ("zstd", "lz4", "none")),
         ("processes", "lz4"), ("pipeline", "lz4"), ("torch", "lz4"), ("hdf5", "gzip"),
     ]  # fmt: skip
     assert len(list(jobs_of(options, shape))) == 2 * len(found)

@@ -56,7 +56,7 @@ def test_shapes_are_three_numbers() -> None:
 def test_the_arguments_are_a_run_of_the_asked_batch_that_writes_nothing_on_the_way(tmp_path: Path) -> None:
     arguments = run_arguments(Options(workers=3, batch=4), tmp_path, tmp_path / "run", 32, 8)
     config = configuration.load(arguments)
-    assert (config.train.workers, config.train.global_batch, configuration.micro_batch_of(config)) == (3, 12, 4)
+    assert (config.train.workers, config.train.global_batch, configuration.micro_batch_of(config, 3)) == ([3], 12, 4)
     assert config.checkpoint.every == config.train.steps
     assert config.validate.tiles == config.figure.tiles == 0
 

@@ -149,10 +149,10 @@ def test_a_cluster_without_a_cpu_for_data_tasks_is_refused_instead_of_waited_for
             if "--block" in line:  # the last lines of a start that has gone well
                 break
         arguments = (*RUN, f"data.shards={shards}", f"run.directory={tmp_path}", "train.workers=2")
-        done = pretrain(*arguments, f"run.address=127.0.0.1:{port}")
+        done = pretrain(*arguments, f"run.address=127.0.0.1:{port}", "train.wait=5")
     finally:
         for pid in [*descendants(cluster.pid), cluster.pid]:
             kill(pid, signal.SIGKILL)
         cluster.communicate()
     assert done.returncode == 2, done.stderr
-    assert done.stderr.startswith("error: train.workers=2 would leave no CPU for data tasks")
+    assert done.stderr.splitlines()[-1].startswith("error: train.workers=2 would leave no CPU for data tasks")

@@ -1,21 +1,19 @@
-"""The stream under everything that may happen to a run: other numbers of workers, kills, a store that fails, many steps."""
+"""The stream under everything that may happen to a run: other numbers of workers, kills, a store that fails."""
 
 import json
+import os
 import random
 import signal
-import subprocess
-import sys
+import time
+from collections import Counter
 from pathlib import Path
 
 import fsspec
-import numpy as np
 import pytest
-from command import SMALL, environment, kill, ledger, losses, metrics, pretrain, pretraining, wait_for, workers_of
+from command import SMALL, ledger, losses, metrics, pretrain, pretraining, wait_for, workers_of
 from s3_server import S3
 from tiny_earth import make_data_set
 
-from mmearth_ray import config as configuration
-from mmearth_ray.experiment import open_experiment
 from mmearth_ray.shards.manifest import Manifest
 
 pytestmark = pytest.mark.drill
@@ -23,6 +21,17 @@ TILES, HELD_OUT, GLOBAL_BATCH = 70, 6, 16
 EPOCH = TILES - HELD_OUT
 STEPS = 18  # four and a half epochs of four steps
 RUN = (*SMALL, f"train.steps={STEPS}", "train.ledger=true", "checkpoint.every=3", "validate.tiles=0", "model.targets=[aster]")
+
+OTHER_TILES, OTHER_HELD_OUT = 45, 5
+OTHER_EPOCH = OTHER_TILES - OTHER_HELD_OUT
+MIXED_STEPS = 24  # 3.6 epochs of the one set and 3.84 of the other
+MIXED = (*RUN, f"train.steps={MIXED_STEPS}", "data.weights=[3,2]")
+
+LAYOUTS = ((4, 2), (2, 4), (1, 4), (4, 4), (2, 2), (4, 1))
+"""Workers and micro-batch of each stretch; all but one take several micro-batches a step."""
+
+KILLS = 5
+SHORTEST = 2
 
 
 @pytest.fixture(scope="module")
@@ -33,45 +42,101 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 @pytest.fixture(scope="module")
 def undisturbed(manifest: Manifest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one worker on local shards that nothing happened to."""
-    run = tmp_path_factory.mktemp("runs") / "undisturbed"
-    done = pretrain(*RUN, f"data.shards={manifest.directory}", f"run.directory={run}")
+    return run_undisturbed(tmp_path_factory.mktemp("runs"), *RUN, f"data.shards={manifest.directory}")
+
+
+def run_undisturbed(folder: Path, *arguments: str) -> Path:
+    run = folder / "undisturbed"
+    done = pretrain(*arguments, f"run.directory={run}")
     assert done.returncode == 0, done.stderr
     return run
 
 
-def assert_each_epoch_holds_each_tile_once(run: Path) -> None:
-    ids = [tile for step in ledger(run).values() for tile in step]
-    assert len(ids) == STEPS * GLOBAL_BATCH
-    for start in range(0, len(ids) - EPOCH + 1, EPOCH):
-        assert sorted(map(int, ids[start : start + EPOCH])) == list(range(EPOCH))
+@pytest.mark.long
+def test_changing_workers_and_five_kills_change_nothing(manifest: Manifest, undisturbed: Path, tmp_path: Path) -> None:
+    disturb(STEPS, tmp_path, *RUN, f"data.shards={manifest.directory}", "data.tiles_per_task=16")
+    assert ledger(tmp_path) == ledger(undisturbed)
+    assert_each_epoch_holds_each_tile_once(tmp_path, {"": EPOCH})
+    assert losses(tmp_path) == pytest.approx(losses(undisturbed), abs=1e-4)
 
 
 @pytest.mark.long
-def test_changing_workers_and_five_kills_change_nothing(manifest: Manifest, undisturbed: Path, tmp_path: Path) -> None:
-    """4, 2, 1, 4, 2, 4 workers, each for two steps or more, drawn at random; in five of the stretches a worker or the whole
-    command is killed after its first step."""
-    draw = random.Random()
-    seed = draw.randrange(10**6)
-    draw.seed(seed)
+def test_nor_do_they_to_two_sets_with_the_same_ids_from_a_store_through_one_cache(
+    manifest: Manifest, s3: S3, tmp_path: Path
+) -> None:
+    other = make_data_set(
+        tmp_path / "data" / "other", tiles=OTHER_TILES, held_out=OTHER_HELD_OUT, size=48, row_group=7, name="other"
+    )
+    undisturbed = run_undisturbed(tmp_path, *MIXED, f"data.shards=[{manifest.directory},{other.directory}]")
+    bucket, run, cache = s3.make_bucket(), tmp_path / "run", tmp_path / "cache"
+    for each in (manifest, other):
+        upload(each, bucket)
+    s3.reset_counts()
+    s3.fail(slow_down=0.03, reset=0.03, truncated=0.03, only="^(GET|HEAD)", seed=5)
+    shards = f"data.shards=[{bucket}/tiny,{bucket}/other]"
+    disturb(MIXED_STEPS, run, *MIXED, shards, f"data.cache={cache}", "data.tiles_per_task=16")
+    assert ledger(run) == ledger(undisturbed)
+    assert_each_epoch_holds_each_tile_once(run, {"tiny/": EPOCH, "other/": OTHER_EPOCH})
+    assert losses(run) == pytest.approx(losses(undisturbed), abs=1e-4)
+    print(s3.counts(), sum(path.stat().st_size for path in cache.iterdir()))
+
+
+def disturb(steps: int, run: Path, *arguments: str) -> None:
+    """Train in stretches of random lengths, one for each of LAYOUTS; in KILLS of them kill -9 a worker or the whole command."""
+    seed = random.randrange(10**6)
     print(f"seed {seed}")
-    workers = (4, 2, 1, 4, 2, 4)
-    lengths = [2 + extra for extra in np.bincount(draw.choices(range(6), k=STEPS - 12), minlength=6).tolist()]
-    kills = {stretch: draw.choice(["worker", "command"]) for stretch in draw.sample(range(6), 5)}
-    for stretch, last in enumerate(np.cumsum(lengths).tolist()):
-        arguments = (*RUN, f"data.shards={manifest.directory}", f"run.directory={tmp_path}", "data.tiles_per_task=16",
-                     f"train.workers={workers[stretch]}", f"train.stop_at={last}")  # fmt: skip
-        if stretch in kills:
-            before = [entry["step"] for entry in metrics(tmp_path)]
-            with pretraining(*arguments) as process:
-                wait_for(lambda before=before: [e["step"] for e in metrics(tmp_path)] != before, "another step", process)
-                kill(draw.choice(workers_of(process.pid)) if kills[stretch] == "worker" else process.pid, signal.SIGKILL)
-                if kills[stretch] == "worker":
-                    assert process.wait(timeout=400) == 0
-        done = pretrain(*arguments)
-        assert done.returncode == 0, f"{done.stdout}{done.stderr}"
-    assert ledger(tmp_path) == ledger(undisturbed)
-    assert_each_epoch_holds_each_tile_once(tmp_path)
-    assert losses(tmp_path) == pytest.approx(losses(undisturbed), abs=1e-4)
+    draw = random.Random(seed)
+    extra = draw.choices(range(len(LAYOUTS)), k=steps - SHORTEST * len(LAYOUTS))
+    victims = {stretch: draw.choice(["worker", "command"]) for stretch in draw.sample(range(len(LAYOUTS)), KILLS)}
+    expected: list[int] = []
+    for stretch, (workers, micro_batch) in enumerate(LAYOUTS):
+        begun = len(expected)
+        expected += [workers] * (SHORTEST + extra.count(stretch))
+        layout = f"train.workers={workers}", f"train.micro_batch={micro_batch}", f"train.stop_at={len(expected)}"
+        command = (*arguments, f"run.directory={run}", *layout)
+        victim = victims.get(stretch)
+        if victim:
+            after, pause = draw.randrange(begun, len(expected)), draw.uniform(0, 0.2)
+            print(f"{workers} workers, to step {len(expected)}: kill a {victim} {pause:.2f} s after step {after}")
+            kill_once(command, run, victim, after, pause, draw)
+        if victim != "worker":
+            done = pretrain(*command)
+            assert done.returncode == 0, f"{done.stdout}{done.stderr}"
+        assert worlds(run) == expected
+
+
+def kill_once(command: tuple[str, ...], run: Path, victim: str, after: int, pause: float, draw: random.Random) -> None:
+    """Start the command and kill -9 the victim so long after that step (or after the workers' start, if it is done already).
+    A lost worker is replaced, and the command goes on to its end."""
+    with pretraining(*command) as process:
+        wait_for(lambda: workers_of(process.pid) and len(metrics(run)) >= after, f"step {after}", process, seconds=500)
+        time.sleep(pause)
+        os.kill(draw.choice(workers_of(process.pid)) if victim == "worker" else process.pid, signal.SIGKILL)
+        code = process.wait(timeout=400)
+        output = process.stdout.read() if process.stdout and victim == "worker" else ""
+    assert code == (0 if victim == "worker" else -signal.SIGKILL), output
+
+
+def worlds(run: Path) -> list[int]:
+    """How many workers made each step, from the first on, as every one of their ledgers tells."""
+    lines = [line for path in (run / "ledger").glob("rank-*.jsonl") for line in path.read_text().splitlines()]
+    told = Counter((entry["step"], entry["world"]) for entry in map(json.loads, lines))
+    assert all(times == world for (_, world), times in told.items()), told
+    assert [step for step, _ in sorted(told)] == list(range(1, len(told) + 1))
+    return [world for _, world in sorted(told)]
+
+
+def assert_each_epoch_holds_each_tile_once(run: Path, epochs: dict[str, int]) -> None:
+    """`epochs`: how many tiles those of each data set have, by what comes before its ids."""
+    ids = [tile for step in ledger(run).values() for tile in step]
+    own = {prefix: [int(tile.removeprefix(prefix)) for tile in ids if tile.startswith(prefix)] for prefix in epochs}
+    assert sum(map(len, own.values())) == len(ids) == len(metrics(run)) * GLOBAL_BATCH
+    for prefix, epoch in epochs.items():
+        whole, rest = divmod(len(own[prefix]), epoch)
+        assert whole >= 3
+        for number in range(whole):
+            assert sorted(own[prefix][number * epoch : (number + 1) * epoch]) == list(range(epoch))
+        assert len(set(own[prefix][whole * epoch :])) == rest
 
 
 @pytest.mark.parametrize("cached", [False, pytest.param(True, marks=pytest.mark.long)])
@@ -112,52 +177,7 @@ def test_a_store_that_stays_away_ends_the_run_with_its_last_checkpoint(manifest:
 
 
 def upload(manifest: Manifest, bucket: str) -> None:
-    """Put the data set's files under BUCKET/tiny."""
+    """Put the data set's files under BUCKET/, in a folder of its name."""
     system = fsspec.filesystem("s3")
     for path in sorted(manifest.directory.iterdir()):
-        system.put_file(str(path), f"{bucket}/tiny/{path.name}")
-
-
-PROBE = """
-import json, os, sys
-from pathlib import Path
-import ray
-from mmearth_ray import config as configuration
-from mmearth_ray.experiment import open_experiment
-from mmearth_ray.stream.pipeline import Share, stream
-from mmearth_ray.stream.plan import MicroBatches
-
-shards, steps, window = Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3])
-ray.init("local", num_cpus=3, object_store_memory=400_000_000, logging_level="ERROR", include_dashboard=False)
-config = configuration.load(["model.image_size=32", "train.global_batch=16", "validate.tiles=0"])
-experiment = open_experiment(config, shards)
-ranges = MicroBatches(1, steps, 16, 1, 0, 16)
-page, total = os.sysconf("SC_PAGE_SIZE"), ray.cluster_resources()["object_store_memory"]
-batches = stream(experiment.source, ranges, tiles_per_task=32, read_ahead=4, share=Share(2, 200_000_000), window=window)
-seen = []
-for step, batch in enumerate(batches, 1):
-    if step % 50 == 0:
-        resident = int(Path("/proc/self/statm").read_text().split()[1]) * page
-        held = total - ray.available_resources().get("object_store_memory", 0)
-        seen.append([step, resident, held, batch["id"].tolist()])
-print(json.dumps(seen))
-"""
-
-
-@pytest.mark.long
-def test_memory_stays_bounded_over_a_thousand_steps_and_windows_join(manifest: Manifest) -> None:
-    """Windows of 20 tasks, so that 25 boundaries are crossed: the same samples, and no more memory at the end."""
-    done = subprocess.run(
-        [sys.executable, "-c", PROBE, str(manifest.directory), "1000", "20"],
-        capture_output=True, text=True, timeout=500, check=False, env=environment(),
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    seen = json.loads(done.stdout.splitlines()[-1])
-    assert [step for step, *_ in seen] == list(range(50, 1001, 50))
-    resident, held = [r for _, r, _, _ in seen], [h for _, _, h, _ in seen]
-    assert max(resident[10:]) < 1.1 * max(resident[:10])
-    assert max(held) < 30e6, held  # 2 x (read_ahead + 4) batches of 0.7 MB, and what tasks are writing
-    config = configuration.load(["model.image_size=32", "train.global_batch=16", "validate.tiles=0"])
-    source = open_experiment(config, manifest.directory).source
-    for step, _, _, ids in seen:
-        assert next(source.batches([((step - 1) * 16, step * 16)]))["id"].tolist() == ids
+        system.put_file(str(path), f"{bucket}/{manifest.name}/{path.name}")

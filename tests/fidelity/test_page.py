@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from benchmarks.bench_parity import TOLERANCES
-from mmearth_ray.config import Config, load
+from mmearth_ray.config import load
+from mmearth_ray.keys import Config
 from mmearth_ray.settings import flatten
 
 ROOT = Path(__file__).parents[2]

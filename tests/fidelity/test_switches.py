@@ -11,8 +11,9 @@ from tiny_earth import make_data_set
 from torch import Tensor
 from torch.nn import functional
 
-from mmearth_ray.config import PUBLISHED_BATCH, Config, learning_rate_of, load
+from mmearth_ray.config import PUBLISHED_BATCH, learning_rate_of, load
 from mmearth_ray.experiment import Experiment, build_objective, open_experiment
+from mmearth_ray.keys import Config
 from mmearth_ray.modalities import Kind
 from mmearth_ray.model.layers import GRN, SCOPES
 from mmearth_ray.objective import Objective

@@ -272,3 +272,9 @@ def test_a_product_is_named_where_products_differ() -> None:
     with pytest.raises(UsageError, match="no statistics of 'l3'; name one of l1c, l2a"):
         both.normalise("l3")
     assert Inputs(("B2",), (), {"l1c": low, "l2a": dict(low)}).normalise()(torch.full((1, 1, 1), 5.0)).item() == 2
+
+
+def test_an_image_of_other_bands_is_refused_with_their_number() -> None:
+    encoder = create_encoder("atto", in_channels=12)
+    with pytest.raises(ValueError, match="an image of 3 channels, the encoder takes 12"):
+        encoder(torch.zeros(1, 3, 48, 32))

@@ -11,6 +11,7 @@ from mmearth_ray.errors import DataError
 from mmearth_ray.modalities import TABLE
 from mmearth_ray.shards.build import BUILDING, build, file_identity, rows_per_group, rows_per_shard
 from mmearth_ray.shards.manifest import MANIFEST, Manifest
+from mmearth_ray.shards.metadata import METADATA
 from mmearth_ray.shards.read import filler
 from mmearth_ray.shards.schema import TileBlock
 
@@ -47,7 +48,11 @@ def test_it_makes_every_shard_once(tmp_path: Path) -> None:
     source = Counting()
     manifest = make(tmp_path / "o", source)
     assert [shard.rows for shard in manifest.shards] == [4, 4, 2]
-    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [MANIFEST, *(f"part-0000{i}.parquet" for i in range(3))]
+    assert sorted(p.name for p in (tmp_path / "o").iterdir()) == [
+        MANIFEST,
+        METADATA,
+        *(f"part-0000{i}.parquet" for i in range(3)),
+    ]
     assert make(tmp_path / "o", source).digest == manifest.digest
     assert source.asked == [0, 4, 8], "a finished data set is not made again"
 

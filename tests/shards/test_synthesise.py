@@ -52,7 +52,7 @@ def test_same_options_give_the_same_bytes_with_any_number_of_workers(written: Pa
     finally:
         ray.shutdown()
     assert _files(tmp_path / "again") == _files(written)
-    assert len(_files(written)) == 4  # three shards and the manifest
+    assert len(_files(written)) == 5  # three shards, their metadata and the manifest
 
 
 def test_a_tile_does_not_depend_on_its_block_and_the_seed_makes_the_world(block: TileBlock) -> None:

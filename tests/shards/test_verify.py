@@ -14,6 +14,7 @@ from mmearth_ray.errors import DataError
 from mmearth_ray.modalities import TABLE, get
 from mmearth_ray.shards.convert import ConvertOptions, convert
 from mmearth_ray.shards.manifest import MANIFEST, Manifest, load_manifest
+from mmearth_ray.shards.metadata import write_metadata
 from mmearth_ray.shards.read import open_shard, read_block
 from mmearth_ray.shards.schema import TileBlock
 from mmearth_ray.shards.verify import Findings, VerifyOptions, _Tally, sample, verify
@@ -44,7 +45,7 @@ def rewrite(directory: Path, change: Callable[[TileBlock], TileBlock], *, honest
     record = write_shard(directory / PART, [block], SIZE)
     if not honest:
         record = replace(manifest.shards[1], bytes=record.bytes, sha256=record.sha256)
-    save(manifest, record)
+    save(replace(manifest, metadata=write_metadata(directory, manifest.shards)), record)
 
 
 def save(manifest: Manifest, record: object) -> None:

@@ -14,6 +14,7 @@ from tiny_earth import make_block, make_data_set
 from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.shards.manifest import Manifest
 from mmearth_ray.shards.write import write_shard
+from mmearth_ray.stream.metadata import Metadata
 from mmearth_ray.stream.select import select
 
 TILES, NULLS = 30, (4, 9, 17)  # these tiles have neither date nor place
@@ -49,7 +50,7 @@ def rows(manifest: Manifest) -> list[dict[str, Any]]:
 
 def chosen(manifest: Manifest, where: str) -> list[int]:
     """Numbers of the selected tiles in stored order, from shard, row group and row."""
-    selection = select(manifest, where)
+    selection = select(Metadata(manifest), where)
     assert selection.sizes.sum() == len(selection.rows)
     starts, at = {}, 0
     for index, shard in enumerate(manifest.shards):
@@ -121,8 +122,7 @@ def test_a_number_may_stand_for_an_id(manifest: Manifest) -> None:
 
 
 def test_row_groups_without_a_chosen_row_are_left_out(manifest: Manifest) -> None:
-    selection = select(manifest, "id in ['2', '4', '13', '29']")
-    assert selection.files == ("part-0.parquet", "part-1.parquet")
+    selection = select(Metadata(manifest), "id in ['2', '4', '13', '29']")
     assert selection.shard.tolist() == [0, 0, 1]
     assert selection.group.tolist() == [0, 2, 2]
     assert [selection.rows_of(i).tolist() for i in range(3)] == [[2, 4], [3], [5]]
@@ -130,7 +130,7 @@ def test_row_groups_without_a_chosen_row_are_left_out(manifest: Manifest) -> Non
 
 
 def test_nothing_selected_is_an_empty_selection(manifest: Manifest) -> None:
-    selection = select(manifest, "id == 'none'")
+    selection = select(Metadata(manifest), "id == 'none'")
     assert len(selection.rows) == len(selection.sizes) == 0
 
 
@@ -162,7 +162,7 @@ def test_nothing_selected_is_an_empty_selection(manifest: Manifest) -> None:
 )
 def test_what_is_not_understood_is_named(where: str, message: str, manifest: Manifest) -> None:
     with pytest.raises(UsageError) as caught:
-        select(manifest, where)
+        select(Metadata(manifest), where)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
@@ -170,7 +170,7 @@ def test_what_is_not_understood_is_named(where: str, message: str, manifest: Man
 @pytest.mark.parametrize("where", ["split = 'train'", "spilt == 'train'", "id in file('/nowhere/ids.txt')"])
 def test_errors_name_the_setting_that_holds_the_expression(where: str, manifest: Manifest) -> None:
     with pytest.raises(UsageError, match=r"^data\.validate_where: "):
-        select(manifest, where, key="data.validate_where")
+        select(Metadata(manifest), where, key="data.validate_where")
 
 
 def test_a_missing_shard_is_named_with_the_remedy(tmp_path: Path) -> None:
@@ -178,7 +178,7 @@ def test_a_missing_shard_is_named_with_the_remedy(tmp_path: Path) -> None:
     shard = tmp_path / manifest.shards[0].file
     shard.unlink()
     with pytest.raises(DataError, match=f"the shard {shard} is missing; restore it, or build the data set again"):
-        select(manifest, "")
+        select(Metadata(manifest), "")
 
 
 def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
@@ -186,7 +186,7 @@ def test_a_damaged_shard_is_named(tmp_path: Path) -> None:
     shard = tmp_path / manifest.shards[0].file
     shard.write_bytes(shard.read_bytes()[:-100])
     with pytest.raises(DataError, match=rf"the shard {shard} is damaged \(.*\); `shards verify` tells more"):
-        select(manifest, "")
+        select(Metadata(manifest), "")
 
 
 def test_a_shard_that_is_another_file_is_refused(tmp_path: Path) -> None:
@@ -197,5 +197,5 @@ def test_a_shard_that_is_another_file_is_refused(tmp_path: Path) -> None:
         with pytest.raises(
             DataError, match=rf"^the shard {shard} is not the one that the manifest describes \(its digest differs\)"
         ):
-            select(manifest, "")
+            select(Metadata(manifest), "")
         write_shard(shard, [make_block(range(1, 9), 8, 8)], 8)

@@ -1,10 +1,13 @@
 """Shards: only used bytes are read, from a disk or a store; a shard that was replaced is noticed; the cache saves requests."""
 
+import resource
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
 import fsspec
+import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from s3_server import S3
@@ -17,8 +20,10 @@ from mmearth_ray.patience import Patience
 from mmearth_ray.shards.manifest import Manifest
 from mmearth_ray.shards.write import write_shard
 from mmearth_ray.storage import locate
+from mmearth_ray.stream import footer
 from mmearth_ray.stream import shard as shard_module
 from mmearth_ray.stream.cache import Cache
+from mmearth_ray.stream.pages import read_strings
 from mmearth_ray.stream.reader import read_group, used_columns
 from mmearth_ray.stream.shard import Reading, Shard, fetch
 
@@ -32,8 +37,14 @@ def manifest(tmp_path_factory: pytest.TempPathFactory) -> Manifest:
 
 
 @pytest.fixture(autouse=True)
-def no_footer_is_remembered(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_module, "_footers", {})
+def nothing_is_remembered() -> None:
+    forget()
+
+
+def forget() -> None:
+    """As in another process."""
+    shard_module._indices.clear()
+    shard_module._files.clear()
 
 
 def remote(manifest: Manifest, s3: S3) -> Shard:
@@ -91,7 +102,7 @@ def test_a_store_gives_the_same_arrays_for_the_bytes_of_the_used_columns(manifes
     chunks = [metadata.column(i) for i in range(metadata.num_columns)]
     used = sum(c.total_compressed_size for c in chunks if c.path_in_schema in used_columns(modalities))
     everything = sum(c.total_compressed_size for c in chunks)
-    assert used <= s3.counts()["bytes"] <= 1.05 * used + shard_module.GAP
+    assert used <= s3.counts()["bytes"] <= 1.05 * used + footer.GAP
     assert used < 0.2 * everything
 
 
@@ -150,7 +161,7 @@ def test_a_local_shard_replaced_under_a_running_job_stays_what_it_was_and_is_not
     replaced(tmp_path).replace(Path(str(shard.place)))
     after = read_group(shard, 1, SIZE, tasks())
     assert after.id == before.id
-    shard_module._footers.clear()
+    forget()
     with pytest.raises(DataError, match=r"is not the one that the manifest describes \(its digest differs\)"):
         read_group(shard, 1, SIZE, tasks())
 
@@ -168,12 +179,12 @@ def test_what_the_cache_holds_is_not_asked_for_again(manifest: Manifest, s3: S3,
     reading = replace(QUICK, cache=Cache(tmp_path, 10_000_000))
     assert same(local(manifest), shard, reading)
     s3.reset_counts()
-    shard_module._footers.clear()  # as in another process
+    forget()
     assert same(local(manifest), shard, reading)
     assert s3.counts()["GET"] == s3.counts()["HEAD"] == 0
     for path, damage in zip(sorted(tmp_path.iterdir()), [lambda d: d[:-1], lambda d: b"?" + d[1:]] * 2, strict=True):
         path.write_bytes(damage(path.read_bytes()))
-    shard_module._footers.clear()
+    forget()
     assert same(local(manifest), shard, reading)
     assert s3.counts()["GET"] > 0
 
@@ -184,18 +195,50 @@ def test_a_cache_too_small_for_anything_costs_nothing_but_requests(manifest: Man
     assert list(tmp_path.iterdir()) == []
 
 
+def open_files(folder: Path) -> list[str]:
+    """Names of the files in a folder that this process has open."""
+    found = []
+    for link in Path("/proc/self/fd").iterdir():
+        with suppress(FileNotFoundError):  # of the listing itself
+            path = link.readlink()
+            found += [path.name] if path.parent == folder else []
+    return sorted(found)
+
+
 def test_only_so_many_shards_stay_open(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(shard_module, "OPEN_SHARDS", 3)
+    monkeypatch.setattr(shard_module, "OPEN_FILES", 3)
     made = make_data_set(tmp_path / "many", tiles=24, size=8, row_group=3, shard_rows=3)
     shards = [Shard.of(made.directory, record) for record in made.shards]
     assert len(shards) == 8
-    opened = []
     for _ in range(2):
         for number, shard in enumerate(shards):
-            opened.append(fetch(shard, [0], ["id"]).footer.file)
             assert read_group(shard, 0, 8, tasks()).id == [str(i) for i in range(3 * number, 3 * number + 3)]
-    assert len(shard_module._footers) == 3
-    assert [file is not None and not file.closed for file in opened] == [False] * 13 + [True] * 3
+            assert len(open_files(tmp_path / "many")) == min(3, len(shard_module._files))
+    assert open_files(tmp_path / "many") == [record.file for record in made.shards[-3:]]
+
+
+def test_more_shards_than_a_process_may_open_are_read_and_each_footer_is_parsed_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_data_set(tmp_path / "many", tiles=64, size=8, row_group=1, shard_rows=1)
+    shards = [Shard.of(made.directory, record) for record in made.shards]
+    parsed = []
+    monkeypatch.setattr(shard_module, "parsed", lambda tail: parsed.append(1) or footer.parsed(tail))
+    monkeypatch.setattr(shard_module, "OPEN_FILES", 16)
+    orders = [np.random.default_rng(epoch).permutation(64).tolist() for epoch in range(3)]
+    held = {int(link.name) for link in Path("/proc/self/fd").iterdir()}
+    free = [number for number in range(4096) if number not in held]
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (free[32], hard))
+    try:
+        found = [[read_group(shards[number], 0, 8, tasks()).id for number in order] for order in orders]
+        assert len(open_files(tmp_path / "many")) == 16
+        with pytest.raises(OSError, match="Too many open files"):
+            list(map(shard_module.OpenFile, [Path(str(shard.place)) for shard in shards]))
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    assert found == [[[str(number)] for number in order] for order in orders]
+    assert len(parsed) == 64
 
 
 def test_failed_requests_for_the_stamp_are_counted_too(manifest: Manifest, s3: S3) -> None:
@@ -220,3 +263,27 @@ def test_many_threads_fill_one_cache(manifest: Manifest, s3: S3, tmp_path: Path)
         found = list(pool.map(lambda _: fetch(shard, [0], ["id", "product"], reading), range(24)))
     assert len(found) == 24
     assert not [path for path in tmp_path.iterdir() if path.suffix != ".bytes"]
+
+
+def test_of_many_shards_in_a_store_each_footer_is_read_once_and_a_row_group_costs_two_requests(s3: S3, tmp_path: Path) -> None:
+    made = make_data_set(tmp_path / "many", tiles=100, size=16, row_group=1, shard_rows=1)
+    place = locate(f"{s3.make_bucket()}/many", "data.shards")
+    assert isinstance(place, UPath)
+    columns, used, footers = used_columns(TABLE), 0, 0
+    for record in made.shards:
+        path = Path(str(made.directory)) / record.file
+        put(path, place / record.file)
+        group, footers = pq.read_metadata(path).row_group(0), footers + record.footer
+        chunks = [group.column(i) for i in range(group.num_columns)]
+        used += sum(chunk.total_compressed_size for chunk in chunks if chunk.path_in_schema in columns)
+    shards = [Shard.of(place, record) for record in made.shards]
+    s3.reset_counts()
+    for epoch in (1, 2):
+        order = np.random.default_rng(epoch).permutation(100).tolist()
+        with ThreadPoolExecutor(4) as pool:
+            fetched = list(pool.map(lambda number: fetch(shards[number], [0], columns, QUICK), order))
+        assert [read_strings(*f.chunk(0, "id"), 1) for f in fetched] == [[str(number)] for number in order]
+        counts = s3.counts()
+        assert footers + epoch * used <= counts["bytes"] <= footers + epoch * 1.05 * used
+        assert counts["GET"] == 100 + epoch * 100
+        assert counts["HEAD"] == epoch * 100

@@ -9,6 +9,7 @@ import torch
 from processes import settings, train
 from s3_server import S3
 from safetensors.torch import save_file
+from tiny_checkpoint import FILES, commit, load_tensors, names, same, state, tensors
 from tiny_earth import make_data_set
 from torch import Tensor, nn
 from upath import UPath
@@ -20,40 +21,12 @@ from mmearth_ray.train import checkpoint
 from mmearth_ray.train.checkpoint import (
     FOLDER,
     INCOMING,
-    State,
     checkpoint_path,
     committed,
     load_state,
-    load_tensors,
     newest,
     save,
 )
-
-FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
-
-
-def tensors(seed: int, kind: torch.dtype = torch.float32) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    shapes = {"a.weight": (3, 4), "a.bias": (3,), "scalar": (), "empty": (0, 2)}
-    return {name: (100 * torch.randn(shape, generator=generator)).to(kind) for name, shape in shapes.items()}
-
-
-def state(step: int) -> State:
-    settings = {"model.size": "atto", "model.targets": ["x", "y"], "optimizer.lr": None, "optimizer.base_lr": 1.5e-4, "seed": 0}
-    return State(step, step * 64, settings, {"data": "d1", "table": "t1"}, {"torch": "2", "commit": "å"})
-
-
-def commit(folder: Location, *steps: int, keep: int = 0) -> None:
-    for step in steps:
-        save(folder, state(step), tensors(step), tensors(step + 1), keep)
-
-
-def names(folder: Location) -> list[str]:
-    return [path.name for path in committed(folder)]
-
-
-def same(found: dict[str, Tensor], given: dict[str, Tensor]) -> bool:
-    return found.keys() == given.keys() and all(torch.equal(found[name], given[name]) for name in given)
 
 
 @pytest.mark.parametrize("kind", [torch.float32, torch.float64, torch.bfloat16, torch.int64])
@@ -92,6 +65,12 @@ def test_only_the_newest_are_kept_or_all_of_them(tmp_path: Path) -> None:
     commit(tmp_path / "all", 1, 2, 3, 4, keep=0)
     assert len(names(tmp_path / "all")) == 4
     assert list((tmp_path / "two" / INCOMING).iterdir()) == []
+
+
+def test_those_of_every_so_many_steps_are_kept_for_ever(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 45, 50, 60):
+        save(tmp_path, state(step), tensors(step), {}, keep=2, keep_every=30)
+    assert names(tmp_path) == ["step-00000030", "step-00000050", "step-00000060"]
 
 
 def test_what_is_not_committed_is_not_found(tmp_path: Path) -> None:

@@ -10,8 +10,8 @@ import pytest
 import torch
 from tiny_objective import PATCH, SIDE, TARGETS, make_batch, make_objective
 
-from mmearth_ray.config import Optimizer
 from mmearth_ray.errors import DataError
+from mmearth_ray.keys import Optimizer
 from mmearth_ray.objective import Objective
 from mmearth_ray.train import engine as engine_module
 from mmearth_ray.train.compiled import compile_checked

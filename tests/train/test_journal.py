@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmearth_ray.train.journal import LEDGER, METRICS, Journal, cut_back, ledger_path
+from mmearth_ray.train.journal import LEDGER, METRICS, Journal, cut_back, last_step, ledger_path, lines
 
 
 def steps_in(path: Path) -> list[int]:
@@ -42,8 +42,8 @@ def test_everything_after_the_step_goes_from_metrics_and_the_ledgers_of_all_rank
         write(path, range(1, 6))
     before = [path.read_text(encoding="utf-8").splitlines(keepends=True) for path in paths]
     cut_back(tmp_path, step)
-    for path, lines in zip(paths, before, strict=True):
-        assert path.read_text(encoding="utf-8") == "".join(lines[:step])
+    for path, held in zip(paths, before, strict=True):
+        assert path.read_text(encoding="utf-8") == "".join(held[:step])
     assert sorted(p.name for p in (tmp_path / LEDGER).iterdir()) == sorted(path.name for path in paths[1:])
     assert {p.name for p in tmp_path.iterdir()} == {METRICS, LEDGER}
 
@@ -60,3 +60,14 @@ def test_a_line_that_a_kill_left_unfinished_goes_even_if_its_step_is_kept(tail: 
 def test_without_any_file_there_is_nothing_to_cut(tmp_path: Path) -> None:
     cut_back(tmp_path, 3)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_lines_of_some_steps_and_the_last_whole_one(tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    assert list(lines(path, 1, 9)) == []
+    assert last_step(path) == 0
+    write(path, range(1, 6), '{"step": 6, "lo')
+    assert [entry["step"] for entry in lines(path, 2, 4)] == [2, 3, 4]
+    assert [entry["step"] for entry in lines(path, 4, 9)] == [4, 5]
+    assert list(lines(path, 5, 4)) == []
+    assert last_step(path) == 5

@@ -1,6 +1,10 @@
 """Metrics that leave the device a window at a time: the same lines, and the same end where a loss is not finite."""
 
+import time
+from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import numpy as np
 import pytest
@@ -12,8 +16,13 @@ from tiny_earth import make_data_set
 
 from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import build_objective, open_experiment
-from mmearth_ray.train.engine import DDPEngine
+from mmearth_ray.train import window
+from mmearth_ray.train.clock import ASIDE, STAGES
+from mmearth_ray.train.engine import DDPEngine, Engine
+from mmearth_ray.train.engines import ENGINES
 from mmearth_ray.train.loop import Worker, run
+from mmearth_ray.train.peak import step_flops
+from mmearth_ray.train.window import Found
 
 LINES = ("step", "lr", "loss", "losses", "coverage")
 
@@ -40,6 +49,70 @@ def test_lines_do_not_depend_on_when_they_are_fetched(workers: int, shards: Path
     assert len({entry["tiles_per_second"] for entry in seldom}) == 4  # after steps 3, 5 (a checkpoint), 6 and 7
     finals = _weights(tmp_path / "1"), _weights(tmp_path / "3")
     assert all(torch.equal(finals[0][name], finals[1][name]) for name in finals[0])
+
+
+@pytest.mark.parametrize("every", [1, 3])
+def test_the_stages_add_up_to_the_time_of_the_steps_and_to_all_the_time_there_was(
+    every: int, shards: Path, tmp_path: Path
+) -> None:
+    recipe = ("train.micro_batch=4", "checkpoint.every=5", "validate.every=2", f"train.fetch_every={every}")
+    begin = time.perf_counter()
+    experiment = train(shards, tmp_path, *recipe, "train.steps=7", "log.peak_tflops=0.001")
+    elapsed = time.perf_counter() - begin
+    lines = metrics(tmp_path)
+    for line in lines:
+        assert set(line["seconds"]) == set(STAGES)
+        assert all(
+            line["seconds"][stage] > 0 for stage in ("data_wait", "to_device", "forward", "backward", "optimizer", "rest")
+        )
+        assert [stage for stage in ASIDE if line["seconds"][stage]] == {
+            3: ["validation"], 5: ["validation"], 6: ["checkpoint"], 7: ["validation"],
+        }.get(line["step"], [])  # fmt: skip
+    assert 0 < sum(sum(line["seconds"].values()) for line in lines) < elapsed
+    per_step = step_flops(experiment, experiment.spec) * 8
+    fetched = [list(group) for _, group in groupby(lines, key=lambda line: line["mfu"])]
+    assert [len(group) for group in fetched] == ([1] * 7 if every == 1 else [2, 1, 1, 1, 1, 1])
+    for group in fetched:
+        took = sum(line["seconds"][stage] for line in group for stage in STAGES if stage not in ASIDE)
+        waited = sum(line["seconds"]["data_wait"] for line in group)
+        for line in group:
+            assert line["tiles_per_second"] == pytest.approx(8 * len(group) / took, rel=1e-3)
+            assert line["mfu"] == pytest.approx(per_step * len(group) / took / 1e9, rel=1e-3)
+            assert line["data_wait"] == pytest.approx(waited / took, rel=1e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_every_engine_tells_its_forward_from_its_backward_pass(engine: str, shards: Path, tmp_path: Path) -> None:
+    if engine != "ddp":
+        pytest.importorskip("deepspeed")
+    train(shards, tmp_path, "train.workers=2", "train.steps=2", f"train.engine={engine}")
+    for line in metrics(tmp_path):
+        assert line["seconds"]["forward"] > 0
+        assert line["seconds"]["backward"] > 0
+
+
+def test_memory_is_that_of_the_fullest_worker(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    train(shards, tmp_path / "one", "train.steps=2")
+    for line in metrics(tmp_path / "one"):
+        assert 0.05 < line["memory_gb"]["resident"] < 50
+        assert line["memory_gb"]["gpu_peak"] is None
+    told = torch.tensor([0.0, 2e9, 3e9, 5e9, 1e9], dtype=torch.float64)  # of two workers: resident, on the GPU
+
+    class Two:
+        device, module = torch.device("cpu"), SimpleNamespace(weigh=lambda *_: torch.zeros(()))
+
+        def all_sum(self, values: torch.Tensor) -> torch.Tensor:
+            assert values[-4:].tolist() == [0, 0, 7, 9]
+            return torch.cat([values[:-5], told])
+
+    monkeypatch.setattr(window, "memory_in_use", lambda device: (7.0, 9.0))
+    monkeypatch.setattr(
+        window, "dist", SimpleNamespace(is_initialized=lambda: True, get_rank=lambda: 1, get_world_size=lambda: 2)
+    )
+    found = Found(torch.zeros(3, dtype=torch.float64), torch.ones(3), None, torch.ones(()), 4)
+    fetched = window.fetch([found], cast(Engine, Two()))
+    assert fetched.memory == {"resident": 5.0, "gpu_peak": 3.0}
+    assert fetched.steps[0].faults == 0
 
 
 def test_the_wish_to_stop_is_heard_when_metrics_are_fetched(shards: Path, tmp_path: Path) -> None:

@@ -1,0 +1,157 @@
+"""The line between a run's workers and its driver: progress one way, the wish to stop the other, and an error that is final."""
+
+import signal
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayError
+from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+from mmearth_ray.progress import ProgressLine, duration
+
+
+class Board:
+    """An actor between rank 0 and the driver."""
+
+    def __init__(self) -> None:
+        self.progress: dict[str, Any] = {}
+        self.stop = False
+        self.fatal = ""
+
+    def exchange(self, progress: dict[str, Any] | None) -> bool:
+        """Rank 0's side: leave the latest progress, learn whether to stop."""
+        self.progress = progress or self.progress
+        return self.stop
+
+    def look(self, stop: bool) -> tuple[dict[str, Any], str]:
+        """The driver's side: leave the wish to stop, learn the progress and the final error, if there is one."""
+        self.stop = self.stop or stop
+        return self.progress, self.fatal
+
+    def fail(self, message: str) -> None:
+        self.fatal = self.fatal or message
+
+
+def new_board() -> Any:
+    """A board beside the driver, so that no machine but the driver's own can take it along."""
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    actor: Any = ray.remote(num_cpus=0)(Board)
+    return actor.options(scheduling_strategy=here).remote()
+
+
+class Silent:
+    """The control of workers other than rank 0."""
+
+    def tell(self, progress: dict[str, Any]) -> None:
+        pass
+
+    def should_stop(self) -> bool:
+        return False
+
+
+class BoardLine:
+    """Rank 0's line to the board, kept up by a thread so that a step never waits for it."""
+
+    def __init__(self, board: Any) -> None:
+        self.board = board
+        self.progress: dict[str, Any] | None = None
+        self.stop: bool = False
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self._keep_up, daemon=True)
+        self.thread.start()
+
+    def tell(self, progress: dict[str, Any]) -> None:
+        self.progress = progress
+
+    def should_stop(self) -> bool:
+        return self.stop
+
+    def close(self) -> None:
+        """Leave the last progress behind and end the thread."""
+        self.closing.set()
+        self.thread.join(timeout=10)
+
+    def _keep_up(self) -> None:
+        while True:
+            last = self.closing.wait(0.5)
+            self.stop = bool(ray.get(self.board.exchange.remote(self.progress)))
+            if last:
+                return
+
+
+class Stop:
+    """The wish to stop for good, which SIGTERM is."""
+
+    def __init__(self) -> None:
+        self.asked = False
+        self.previous: Any = None
+
+    def __enter__(self) -> "Stop":
+        if threading.current_thread() is threading.main_thread():
+            self.previous = signal.signal(signal.SIGTERM, self._ask)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.previous is not None:
+            signal.signal(signal.SIGTERM, self.previous)
+
+    def _ask(self, *_: object) -> None:
+        self.asked = True
+
+
+class Watch:
+    """The driver's side while a group of workers runs: shows progress, passes on the wish to stop, for good or for a change.
+
+    `better()` says whether another number of workers would do now; the workers then save and stop, to be started anew.
+    """
+
+    def __init__(self, board: Any, last_step: int, stop: Stop, better: Callable[[], bool]) -> None:
+        self.board, self.last_step, self.stop, self.better = board, last_step, stop, better
+        self.line = ProgressLine()
+        self.closing = threading.Event()
+        self.thread = threading.Thread(target=self._keep_up, daemon=True)
+        self.changing, self.step, self.fatal = False, 0, ""
+
+    def __enter__(self) -> "Watch":
+        self.thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.closing.set()
+        self.thread.join(timeout=10)
+        self.line.close()
+
+    def _keep_up(self) -> None:
+        started: tuple[float, int] | None = None
+        while True:
+            last = self.closing.wait(0.5)
+            try:
+                self.changing = self.changing or (not last and self.better())
+                progress, self.fatal = ray.get(self.board.look.remote(self.stop.asked or self.changing))
+            except RayError:
+                return
+            if progress and progress["step"] != self.step:
+                if started is None:
+                    started = (time.monotonic(), progress["step"])
+                self.step = progress["step"]
+                told = last or "validation" in progress or self.step == self.last_step
+                self.line.show(progress_text(progress, self.last_step, started), force=told)
+            if last:
+                return
+
+
+def progress_text(progress: dict[str, Any], steps: int, started: tuple[float, int]) -> str:
+    """The live line: step, loss, held-out loss where it is new, tiles per second, share of the time spent waiting for data,
+    time left."""
+    since, first = started
+    trained, rate = progress["step"] - first, progress["tiles_per_second"]
+    parts = [f"step {progress['step']:,}/{steps:,}", f"loss {progress['loss']:.4f}"]
+    if "validation" in progress:
+        parts.append(f"held out {progress['validation']['loss']:.4f}")
+    parts += [f"{rate:,.{0 if rate >= 10 else 1}f} tiles/s", f"data wait {progress['data_wait']:.0%}"]
+    if trained and progress["step"] < steps:
+        parts.append(f"{duration((time.monotonic() - since) / trained * (steps - progress['step']))} left")
+    return "  ".join(parts)

@@ -1,0 +1,108 @@
+"""Who keeps checkpoints in a folder: one run, and of its commands the latest.
+
+`owner.json` beside the checkpoints names the run by its id (`run.id`, or one that was drawn once and is remembered in the run
+directory) and the command that writes them.  Another run is turned away before anything starts.  A command looks again
+before it restores or saves, so that of two that began at the same moment, or of one that lives on unseen on a machine that was
+given up, only the one that came last goes on.
+"""
+
+import json
+import secrets
+import socket
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from mmearth_ray.errors import DataError, UsageError
+from mmearth_ray.experiment import Experiment
+from mmearth_ray.files import atomic_text, write_failure
+from mmearth_ray.keys import Config
+from mmearth_ray.patience import Absent
+from mmearth_ray.storage import Location, read_bytes
+from mmearth_ray.train.checkpoint import directory_of
+
+OWNER = "owner.json"
+RUN = "run.json"
+"""In the run directory: what the run is, its id among it."""
+
+
+@dataclass(frozen=True)
+class Owner:
+    """Whose a folder of checkpoints is.  `command` is drawn anew by each command; directory, host and time are for people."""
+
+    run: str
+    command: str
+    directory: str
+    host: str
+    since: str
+
+
+def run_id(config: Config) -> str:
+    """The id of the run: as set, as its directory remembers it, or a new one.
+
+    Raises UsageError if the directory is that of a run with another id than the one set.
+    """
+    path = Path(config.run.directory) / RUN
+    try:
+        known = str(json.loads(path.read_text(encoding="utf-8")).get("run", ""))
+    except (OSError, ValueError, AttributeError):
+        known = ""
+    if known and config.run.id not in ("", known):
+        raise UsageError(f"run.id={config.run.id}: {config.run.directory} is the directory of the run {known}; set it back, or "
+                         "use another run.directory")  # fmt: skip
+    return config.run.id or known or secrets.token_hex(4)
+
+
+def check_owner(folder: Location, run: str) -> None:
+    """Raise UsageError if the folder is another run's."""
+    owner = _owner(folder)
+    if owner and owner.run != run:
+        raise UsageError(
+            f"the checkpoints in {folder} are those of the run {owner.run} ({owner.directory} on {owner.host}); give this run "
+            f"a checkpoint.directory of its own, or go on with that one from here by run.id={owner.run}"
+        )
+
+
+def claim(folder: Location, run: str, directory: str) -> str:
+    """Write down that this command keeps the run's checkpoints there; returns what it is known by.
+
+    Raises UsageError if the folder is another run's, DataError if it cannot be written.
+    """
+    check_owner(folder, run)
+    now = time.strftime("%Y-%m-%d %H:%M:%S %z")
+    owner = Owner(run, secrets.token_hex(8), directory, socket.gethostname(), now)
+    if isinstance(folder, Path):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise DataError(write_failure(folder, error)) from error
+    atomic_text(folder / OWNER, json.dumps(asdict(owner), indent=1) + "\n")
+    return owner.command
+
+
+def require_claim(experiment: Experiment) -> None:
+    """Raise DataError if another command has claimed the checkpoints' folder since this one did, or the claim is gone."""
+    if not experiment.claim:
+        return
+    folder = directory_of(experiment.config)
+    owner = _owner(folder)
+    if owner is None:
+        raise DataError(f"{folder / OWNER} was removed while this run trained; run the command again")
+    if owner.command != experiment.claim:
+        raise DataError(
+            f"{folder} was claimed by another command while this one trained (run {owner.run}, {owner.directory} on "
+            f"{owner.host}, {owner.since}); this one saves nothing more there; give each run a checkpoint.directory of its own"
+        )
+
+
+def _owner(folder: Location) -> Owner | None:
+    try:
+        text = read_bytes(folder / OWNER)
+    except Absent:
+        return None
+    try:
+        return Owner(**json.loads(text))
+    except (ValueError, TypeError) as error:
+        raise DataError(
+            f"{folder / OWNER} cannot be read ({error}); remove it if no other run keeps checkpoints there"
+        ) from error

@@ -1,0 +1,237 @@
+"""Where rank 0 writes what happened: metrics.jsonl, and from the same lines Weights & Biases and TensorBoard, if asked for.
+
+The file is the truth, and training waits for it.  A tracker runs in a thread of its own: training never waits for one, and one
+that fails says so once and is left out for the rest of this start.  What a tracker lacks when a run is resumed is fed to it
+from the file, up to the restored step; what it has already it does not get again.
+"""
+
+import json
+import os
+import queue
+import struct
+import sys
+import threading
+import uuid
+from collections.abc import Callable, Iterator
+from dataclasses import asdict
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol
+
+from mmearth_ray import settings
+from mmearth_ray.experiment import Experiment
+from mmearth_ray.files import atomic_text
+from mmearth_ray.train.journal import METRICS, Journal, last_step, lines
+
+TENSORBOARD = "tensorboard"
+WANDB_STATE = "wandb.json"
+
+WAITING = 10_000
+"""Lines that wait for a tracker, at most: some 20 MB, or minutes of a step that takes milliseconds."""
+
+CLOSE_SECONDS = 30.0
+"""How long the end of a run waits for a tracker that is still sending."""
+
+INIT_SECONDS = 25.0
+"""How long Weights & Biases is tried before it is given up: less than the end of a short run waits for it."""
+
+FIGURE = "reconstruction"
+
+
+class Tracker(Protocol):
+    """A place that metrics are sent to.  `first`: the first step that it lacks."""
+
+    first: int
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        """The numbers of a step; steps ascend."""
+
+    def figure(self, step: int, path: Path) -> None:
+        """A PNG drawn after that step, the last one logged."""
+
+    def close(self, failed: bool) -> None:
+        """The end of this start; `failed` where training ended by an error."""
+
+
+class Metrics:
+    """The lines of a run and everything fed from them."""
+
+    def __init__(self, experiment: Experiment, done: int) -> None:
+        self.journal = Journal(experiment.run / METRICS)
+        self.feeds = [Feed(name, start, experiment.run / METRICS, done) for name, start in asked_for(experiment, done)]
+
+    def write(self, entry: dict[str, Any]) -> None:
+        """One line.  Raises OSError if the file cannot take it; no tracker's error comes through."""
+        self.journal.write(entry)
+        for feed in self.feeds:
+            feed.put(lambda tracker: log(tracker, entry))
+
+    def figure(self, path: Path, step: int) -> None:
+        """A figure that was drawn after the last line."""
+        for feed in self.feeds:
+            feed.put(lambda tracker: tracker.figure(step, path) if step >= tracker.first else None)
+
+    def flush(self) -> None:
+        """Make the lines safe before a checkpoint relies on them."""
+        self.journal.flush()
+
+    def __enter__(self) -> "Metrics":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        for feed in self.feeds:
+            feed.end(failed=kind is not None)
+        for feed in self.feeds:
+            feed.join()
+        self.journal.__exit__(kind, error, trace)
+
+
+class Feed:
+    """Hands lines to a tracker in a thread of its own, and stops where it fails or does not keep up."""
+
+    def __init__(self, name: str, start: Callable[[], Tracker], metrics: Path, done: int) -> None:
+        self.name, self.start, self.metrics, self.done = name, start, metrics, done
+        self.waiting: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(WAITING)
+        self.broken = self.failed = False
+        self.thread = threading.Thread(target=self._run, name=f"feed {name}", daemon=True)
+        self.thread.start()
+
+    def put(self, item: Callable[[Tracker], None] | None) -> None:
+        """Leave something for the tracker; waits for nothing."""
+        if self.broken:
+            return
+        try:
+            self.waiting.put_nowait(item)
+        except queue.Full:
+            self._give_up(f"{WAITING:,} lines wait for it")
+
+    def end(self, failed: bool) -> None:
+        """Nothing comes any more."""
+        self.failed = failed
+        self.put(None)
+
+    def join(self) -> None:
+        """Wait a while until everything has been sent."""
+        self.thread.join(0 if self.broken else CLOSE_SECONDS)
+        if self.thread.is_alive() and not self.broken:
+            self._give_up(f"it has not taken everything within {CLOSE_SECONDS:g} s")
+
+    def _run(self) -> None:
+        try:
+            tracker = self.start()
+            for entry in lines(self.metrics, tracker.first, self.done):
+                log(tracker, entry)
+            while not self.broken and (item := self.waiting.get()) is not None:
+                item(tracker)
+            tracker.close(self.failed)
+        except Exception as error:  # whatever a tracker's library raises: training goes on without it
+            self._give_up(" ".join(str(error).split())[:200] or type(error).__name__)
+
+    def _give_up(self, why: str) -> None:
+        if not self.broken:
+            self.broken = True
+            print(f"warning: {self.name} gets no more of this run until it is resumed ({why}); training goes on, and "
+                  f"{self.metrics} holds everything", file=sys.stderr, flush=True)  # fmt: skip
+
+
+def log(tracker: Tracker, entry: dict[str, Any]) -> None:
+    """Give a tracker the numbers of a line, unless it has them."""
+    if entry["step"] >= tracker.first:
+        tracker.log(entry["step"], dict(numbers(entry)))
+
+
+def numbers(entry: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
+    """The numbers of a line by name, those of inner objects as OUTER/INNER; what is null has none."""
+    for name, value in entry.items():
+        if isinstance(value, dict):
+            yield from numbers(value, f"{prefix}{name}/")
+        elif value is not None and prefix + name != "step":
+            yield prefix + name, value
+
+
+def asked_for(experiment: Experiment, done: int) -> list[tuple[str, Callable[[], Tracker]]]:
+    """The trackers that the settings ask for: their names, and what starts them."""
+    found: list[tuple[str, Callable[[], Tracker]]] = []
+    if experiment.config.log.wandb != "disabled":
+        found.append(("Weights & Biases", lambda: WandB(experiment)))
+    if experiment.config.log.tensorboard:
+        found.append(("TensorBoard", lambda: TensorBoard(experiment, done)))
+    return found
+
+
+def remember_run(experiment: Experiment) -> None:
+    """Note in the run directory the run's id on Weights & Biases and the last step it was sent.
+
+    To be called before lines are cut back: what was sent before is not sent again, for it ignores steps that go back.
+    """
+    if experiment.config.log.wandb == "disabled":
+        return
+    path = experiment.run / WANDB_STATE
+    state = {"id": uuid.uuid4().hex[:12], "sent": 0}
+    if path.exists():
+        state = json.loads(path.read_text(encoding="utf-8"))
+        state["sent"] = max(state["sent"], last_step(experiment.run / METRICS))
+    atomic_text(path, json.dumps(state) + "\n")
+
+
+class WandB:
+    """A run on Weights & Biases, the same one for all starts.
+
+    Online the service knows which steps it has; offline each start leaves a folder of its own below `wandb/`, which
+    `wandb sync` sends in their order, and what was sent is what `remember_run` noted.
+    """
+
+    def __init__(self, experiment: Experiment) -> None:
+        os.environ |= {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"} | os.environ  # no reports to its makers
+        import wandb
+
+        self.wandb, wanted = wandb, experiment.config.log
+        state = json.loads((experiment.run / WANDB_STATE).read_text(encoding="utf-8"))
+        online = wanted.wandb == "online"
+        self.run = wandb.init(
+            id=state["id"], resume="allow" if online else None, reinit="create_new", mode="online" if online else "offline",
+            project=wanted.project, entity=wanted.entity or None, group=wanted.group or None, tags=wanted.tags,
+            config=asdict(experiment.config), allow_val_change=True, dir=experiment.run,
+            settings=wandb.Settings(console="off", init_timeout=INIT_SECONDS),
+        )  # fmt: skip
+        self.first = max(1, self.run.step) if online else state["sent"] + 1
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self.run.log(values, step=step)
+
+    def figure(self, step: int, path: Path) -> None:
+        self.run.log({FIGURE: self.wandb.Image(str(path))}, step=step)
+
+    def close(self, failed: bool) -> None:
+        self.run.finish(exit_code=int(failed))
+
+
+class TensorBoard:
+    """Event files for TensorBoard, one for each start; what an earlier one holds after the restored step is taken back."""
+
+    def __init__(self, experiment: Experiment, done: int) -> None:
+        from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
+        from torch.utils.tensorboard import SummaryWriter
+
+        folder = experiment.run / TENSORBOARD
+        resumed = any(folder.glob("events.*"))
+        self.summary = Summary
+        self.first = done + 1 if resumed else 1
+        self.writer = SummaryWriter(str(folder), purge_step=self.first if resumed else None)
+        self.writer.add_text("config", "\n".join("    " + line for line in settings.to_yaml(experiment.config).splitlines()))
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        self._add([self.summary.Value(tag=name, simple_value=value) for name, value in values.items()], step)
+
+    def figure(self, step: int, path: Path) -> None:
+        png = path.read_bytes()
+        width, height = struct.unpack(">II", png[16:24])  # of the first chunk, as PNG has it
+        image = self.summary.Image(width=width, height=height, colorspace=4, encoded_image_string=png)
+        self._add([self.summary.Value(tag=FIGURE, image=image)], step)
+
+    def _add(self, values: list[Any], step: int) -> None:
+        self.writer._get_file_writer().add_summary(self.summary(value=values), step)
+        self.writer.flush()
+
+    def close(self, failed: bool) -> None:
+        self.writer.close()

@@ -1,0 +1,222 @@
+"""DeepSpeed's ZeRO: workers that each hold a part of the optimizer's state (stage 1), of the gradients (2), of the weights (3).
+
+DeepSpeed averages gradients over workers and micro-batches; both are undone, so that they are sums as under every engine.
+Nothing is compiled, so a machine needs no compiler and a lock that a killed compilation has left cannot hold up a start.
+"""
+
+import logging
+import os
+import warnings
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from mmearth_ray.errors import DataError
+from mmearth_ray.keys import Optimizer
+from mmearth_ray.objective import Objective
+from mmearth_ray.train.engine import MOMENTS, all_sum, parameter_groups, unmeasured
+from mmearth_ray.train.tensors import Gathered, shape_only
+
+BUCKET = 50_000_000
+"""Gradients that are reduced at once, at most, elements: a buffer of 200 MB.  DeepSpeed's own 500 million take 2 GB."""
+
+KEPT_WHOLE = 100_000
+"""Parameters of fewer elements are not parted by stage 3, as one message for each costs more (DeepSpeed's default)."""
+
+
+class ZeroEngine:
+    """The engine of `train.engine=zero1`, `zero2` and `zero3`.
+
+    micro_batches: in a step.  clip: the largest norm of all gradients together; 0: any.  offload: moments and float32 weights
+    stay in the host's memory, where the update is computed.
+    """
+
+    def __init__(
+        self,
+        module: Objective,
+        settings: Optimizer,
+        device: torch.device,
+        precision: str = "fp32",
+        *,
+        stage: int,
+        micro_batches: int = 1,
+        clip: float = 0.0,
+        offload: bool = False,
+    ) -> None:
+        self.deepspeed = load_deepspeed(device)
+        join_group(device)
+        self.device, self.stage = device, stage
+        self.rank, self.workers = dist.get_rank(), dist.get_world_size()
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
+        self.healthy = torch.ones((), dtype=torch.bool, device=device)
+        self.forwarded: Callable[[], None] = unmeasured
+        self.parameters = dict(module.named_parameters())
+        self.shapes = {name: p.shape for name, p in self.parameters.items()}  # stage 3 leaves none of them
+        self.optimizer = torch.optim.AdamW(
+            parameter_groups(module, settings.weight_decay),
+            lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True,
+        )  # fmt: skip
+        plan = _plan(module, stage, micro_batches, clip, precision, offload and device.type)
+        if stage == 3:  # each parameter by itself to the device and into its parts, so that the device never holds them all
+            self.deepspeed.zero.Init(module=module, config_dict_or_path=plan)
+        self.module = module.to(device)
+        self.engine, *_ = self.deepspeed.initialize(model=module, optimizer=self.optimizer, config=plan)
+        names = {id(p): name for name, p in self.parameters.items()}
+        self.flat = {names[id(p)]: flat for flat, group in self._partitions() for p in group}
+        self._make_moments()
+
+    def _partitions(self) -> list[tuple[Tensor, list[nn.Parameter]]]:
+        """Every flat float32 tensor that this worker's AdamW updates, and the parameters that a part of it belongs to."""
+        zero = self.engine.optimizer
+        if self.stage == 3:
+            return list(zip(zero.fp32_partitioned_groups_flat, zero.fp16_groups, strict=True))
+        return list(zip(zero.single_partition_of_fp32_groups, zero.bit16_groups, strict=True))
+
+    def _make_moments(self) -> None:
+        """AdamW's state before the first step.  DeepSpeed looks for it within that step, when only the first group has one."""
+        for flat, _ in self._partitions():
+            zeros = torch.zeros_like(flat, requires_grad=False)
+            count = torch.zeros((), dtype=torch.float32, device=flat.device)
+            self.optimizer.state[flat] = {"step": count, "exp_avg": zeros, "exp_avg_sq": zeros.clone()}
+        if self.stage < 3:
+            self.engine.optimizer._lazy_init_hp_params_optimizer_state()
+
+    def backward(self, batch: dict[str, Tensor], totals: Tensor, share: float, *, last: bool) -> Tensor:
+        self.engine.set_gradient_accumulation_boundary(last)
+        loss, sums = self.engine(batch, totals, share)
+        self.forwarded()
+        self.engine.backward(loss * self.workers, scale_wrt_gas=False)
+        return sums
+
+    def step(self, learning_rate: float) -> Tensor:
+        """As every engine's.  The norm is taken in float32: gradients above 1e19 count as not finite."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = learning_rate
+        if not self.healthy:  # the fused kernel's own switch: it leaves everything as it is
+            self.optimizer.found_inf = torch.ones((), device=self.device)  # pyright: ignore[reportAttributeAccessIssue]
+        self.engine.step()
+        if self.engine.optimizer.overflow:
+            self.healthy = torch.zeros_like(self.healthy)
+        return self.healthy
+
+    @torch.no_grad()
+    def evaluate(self, batch: dict[str, Tensor], totals: Tensor) -> Tensor:
+        with self.autocast():
+            return self.module(batch, totals, 1.0)[1]
+
+    def reconstruct(self, batch: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        return self.module.reconstruct(batch)
+
+    def log_variances(self) -> Tensor | None:
+        held: Any = self.module.log_variances
+        if held is None:
+            return None
+        if self.stage == 3 and held.ds_status.name != "AVAILABLE":
+            return self._weight("log_variances").clone()
+        return held.detach().clone()
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        return all_sum(values, self.device)
+
+    def weights(self) -> Mapping[str, Tensor]:
+        if self.stage < 3:  # every worker has them all after a step, rounded nowhere
+            return {name: p.detach() for name, p in self.parameters.items()}
+        return Gathered({name: shape_only(shape) for name, shape in self.shapes.items()}, self._weight)
+
+    def _weight(self, name: str) -> Tensor:
+        return self.deepspeed.utils.safe_get_full_fp32_param(self.parameters[name])
+
+    def moments(self) -> Mapping[str, Tensor]:
+        full, counts = MOMENTS[:2], MOMENTS[2]
+        like = {f"{kind}/{name}": shape_only(shape) for name, shape in self.shapes.items() for kind in full}
+        like |= {f"{counts}/{name}": shape_only(()) for name in self.shapes}
+        return Gathered(dict(sorted(like.items(), key=lambda item: item[0].partition("/")[2])), self._moment)
+
+    def _moment(self, key: str) -> Tensor:
+        kind, _, name = key.partition("/")
+        if kind == "step":
+            return self.optimizer.state[self.flat[name]][kind].clone()
+        return self.deepspeed.utils.safe_get_full_optimizer_state(self.parameters[name], kind)
+
+    def restore(self, moments: Mapping[str, Tensor]) -> None:
+        """As every engine's.  Raises DataError where parameters have taken different numbers of steps: they share a count."""
+        done = {float(moments[key]) for name in self.shapes if (key := f"step/{name}") in moments}
+        if len(done) > 1:
+            raise DataError(
+                f"the parameters of the checkpoint have taken {min(done):.0f} to {max(done):.0f} steps, which "
+                f"train.engine=zero{self.stage} cannot go on with: it counts them together; use train.engine=ddp"
+            )
+        if not done:
+            return
+        for flat, _ in self._partitions():
+            self.optimizer.state[flat]["step"].fill_(*done)
+        for name, parameter in self.parameters.items():
+            for kind in MOMENTS[:2]:
+                if (key := f"{kind}/{name}") in moments:
+                    self._set(parameter, moments[key].to(self.device), kind)
+
+    def _set(self, parameter: Any, value: Tensor, kind: str) -> None:
+        if self.stage < 3:
+            self.deepspeed.utils.safe_set_full_optimizer_state(parameter, value, kind)
+            return
+        mine = value.new_zeros(parameter.partition_numel())
+        given = value.flatten()[self.rank * len(mine) :][: len(mine)]  # the last worker's part is filled up with zeros
+        mine[: len(given)] = given
+        self.deepspeed.utils.safe_set_local_optimizer_state(parameter, mine, kind)
+
+
+def _plan(
+    module: nn.Module, stage: int, micro_batches: int, clip: float, precision: str, offload: str | bool
+) -> dict[str, Any]:
+    """DeepSpeed's configuration.  What it does where a key is absent is not relied on."""
+    bucket = min(BUCKET, sum(p.numel() for p in module.parameters()) + 1) // 2 * 2
+    zero: dict[str, Any] = {
+        "stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket,
+        "stage3_param_persistence_threshold": KEPT_WHOLE,
+    }  # fmt: skip
+    if offload:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": offload == "cuda"}
+    plan: dict[str, Any] = {
+        "train_micro_batch_size_per_gpu": 1,  # DeepSpeed only reports with it
+        "gradient_accumulation_steps": micro_batches,
+        "gradient_clipping": clip,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,  # PyTorch's AdamW: DeepSpeed's own are compiled at the start
+        "zero_force_ds_cpu_optimizer": False,
+    }
+    if precision == "bf16":  # gradients and weights travel in float32 whatever the layer
+        plan["torch_autocast"] = {"enabled": True, "dtype": "bfloat16", "lower_precision_safe_modules": []}
+    return plan
+
+
+def load_deepspeed(device: torch.device) -> Any:
+    """The package, quiet and ready.  It is loaded here alone, as that takes seconds and only these engines need it."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # it would take a GPU that the machine has
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+    import deepspeed
+    import deepspeed.ops
+    from deepspeed.runtime import compiler
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__dict__["__compatible_ops__"] = {}  # none of its compiled operators is used
+    decorate, compiler.compile = compiler.compile, lambda: lambda function: function
+    try:  # an optimizer that DeepSpeed loads whether asked for or not, and all of torch.compile with it: 10 s of every start
+        import deepspeed.runtime.zero.muon.original_muon
+    finally:
+        compiler.compile = decorate
+    return deepspeed
+
+
+def join_group(device: torch.device) -> None:
+    """Make what DeepSpeed asks of a process: a group, were it of one, and the number of its device."""
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)  # pyright: ignore[reportPrivateImportUsage]
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    os.environ["LOCAL_RANK"] = str(device.index or 0)

@@ -1,0 +1,38 @@
+"""Groups of worker processes, joined by gloo, that run many cases one after the other: starting them is what takes time."""
+
+import multiprocessing
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+SECONDS = 560.0
+
+
+def in_a_group(workers: int, folder: Path, job: Callable[..., None], *arguments: Any) -> None:
+    """Run `job(rank, workers, *arguments)` in so many processes.  Fails if one of them does."""
+    folder.mkdir(parents=True, exist_ok=True)
+    store = folder / f"rendezvous-{workers}"
+    context = multiprocessing.get_context("spawn")
+    processes = [context.Process(target=_member, args=(rank, workers, str(store), job, *arguments)) for rank in range(workers)]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(SECONDS)
+        assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+
+
+def _member(rank: int, workers: int, store: str, job: Callable[..., None], *arguments: Any) -> None:
+    torch.set_num_threads(1)
+    os.environ["OMP_NUM_THREADS"] = "1"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
+    job(rank, workers, *arguments)
+    dist.barrier()
+    dist.destroy_process_group()

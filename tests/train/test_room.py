@@ -1,0 +1,111 @@
+"""How many workers a cluster holds: places on its machines, a CPU left to data tasks, divisors of the global batch, others."""
+
+import pytest
+
+from mmearth_ray.config import load
+from mmearth_ray.errors import UsageError
+from mmearth_ray.train import room
+from mmearth_ray.train.room import Amount, Cluster, fitting, lacking, room_of, wait_for_room
+
+NOBODY = Amount(0, 0)
+
+
+def cluster(*nodes: tuple[float, float], free: tuple[float, float] | None = None, store: float = 1e9) -> Cluster:
+    amounts = tuple(Amount(*node) for node in nodes)
+    return Cluster(amounts, Amount(*(free or map(sum, zip(*nodes, strict=True)))), store)
+
+
+@pytest.mark.parametrize(
+    ("nodes", "gpus", "expected"),
+    [
+        ([(4, 0)], False, 3),  # one is left to data tasks
+        ([(2, 0), (2, 0)], False, 3),
+        ([(1.5, 0), (1.5, 0)], False, 2),  # a worker's CPU is one machine's
+        ([(0, 0), (8, 4)], True, 4),
+        ([(2, 4), (8, 0)], True, 2),  # every GPU needs a CPU beside it
+        ([(4, 4)], True, 3),
+        ([(4, 0)], True, 0),
+    ],
+)
+def test_workers_need_places_and_leave_a_cpu(nodes: list[tuple[float, float]], gpus: bool, expected: int) -> None:
+    assert cluster(*nodes).holds(gpus, NOBODY) == expected
+
+
+def test_what_others_take_is_not_there() -> None:
+    machines = cluster((8, 4), free=(3, 1))
+    assert machines.taken == (5, 3)
+    assert machines.holds(False, machines.taken) == 2
+    assert machines.holds(True, machines.taken) == 1
+
+
+@pytest.mark.parametrize(("cpus", "expected"), [(2, 0), (3, 2), (4, 3), (6, 4), (7, 6), (14, 12), (99, 12)])
+def test_only_numbers_of_the_range_that_divide_the_global_batch_fit(cpus: int, expected: int) -> None:
+    config = load(["train.global_batch=24", "train.micro_batch=2", "train.workers=[2,12]"])
+    assert fitting(config, cluster((cpus, 0)), False, NOBODY) == expected
+
+
+def test_a_worker_s_share_is_what_the_others_and_the_workers_leave() -> None:
+    found = room_of(cluster((8, 0), free=(6, 0), store=1200), 2)
+    assert found.workers == 2
+    assert found.share.cpus == 2
+    assert found.share.object_store_bytes == 300
+    assert found.others == (2, 0)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "machines", "gpus", "message"),
+    [
+        (["train.workers=2"], cluster((2, 0)), False, "train.workers=2 would leave no CPU for data tasks: the cluster has 2, "
+         "training needs at least 3"),
+        (["train.workers=[2,4]", "train.gpus=true"], cluster((9, 1)), True, r"train.gpus=true needs a GPU for each of "
+         r"train.workers=\[2,4\], the cluster has 1"),
+        (["train.workers=4", "model.backend=triton"], cluster((9, 1)), True, "model.backend=triton needs a GPU for each"),
+        (["train.workers=2"], cluster((8, 0), free=(2, 0)), False, "only 2 CPUs of the cluster are free, this run needs at "
+         "least 3"),
+        (["train.workers=2", "train.gpus=true"], cluster((8, 8), free=(2, 1)), True, "only 2 CPUs and 1 GPUs of the cluster"),
+    ],
+)  # fmt: skip
+def test_what_is_lacking_is_named(arguments: list[str], machines: Cluster, gpus: bool, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        raise UsageError(lacking(load(arguments), machines, gpus))
+
+
+class Clock:
+    """A clock that only sleeping moves, and the cluster as it changes with it."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *states: tuple[float, Cluster]) -> None:
+        self.now, self.states = 0.0, states
+        monkeypatch.setattr(room.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(room.time, "sleep", self.sleep)
+        monkeypatch.setattr(room, "cluster_now", lambda: [state for since, state in self.states if since <= self.now][-1])
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+
+
+def test_room_for_all_is_taken_at_once_and_room_for_some_after_a_while(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(["train.workers=[1,4]"])
+    clock = Clock(monkeypatch, (0, cluster((5, 0))))
+    found = wait_for_room(config, gpus=False)
+    assert found
+    assert (found.workers, clock.now) == (4, 0)
+    clock = Clock(monkeypatch, (0, cluster((1, 0))), (5, cluster((3, 0))), (8, cluster((3, 0), free=(2, 0))))
+    found = wait_for_room(config, gpus=False)
+    assert found
+    assert found.workers == 1
+    assert clock.now == 8 + room.SETTLE_SECONDS
+
+
+def test_no_room_ends_with_what_is_lacking_after_the_limit(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch, (0, cluster((2, 0))))
+    with pytest.raises(UsageError, match=r"train\.workers=2 would leave no CPU"):
+        wait_for_room(load(["train.workers=2", "train.wait=30"]), gpus=False)
+    assert clock.now == 30
+    assert capsys.readouterr().err.count("waiting up to 30 s for room") == 1
+
+
+def test_waiting_ends_when_the_run_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = Clock(monkeypatch, (0, cluster((2, 0))))
+    assert wait_for_room(load(["train.workers=2"]), gpus=False, stopped=lambda: clock.now >= 3) is None

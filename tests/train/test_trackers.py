@@ -1,0 +1,296 @@
+"""Weights & Biases and TensorBoard hold what metrics.jsonl holds, every step once, and training never waits for them."""
+
+import json
+import struct
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from command import metrics
+from matplotlib.image import imsave
+from processes import settings, train
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tiny_earth import make_data_set
+from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
+
+from mmearth_ray.experiment import Experiment, open_experiment
+from mmearth_ray.train import trackers
+from mmearth_ray.train.journal import METRICS, cut_back
+from mmearth_ray.train.trackers import Metrics, numbers, remember_run
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("data") / "tiny"
+    make_data_set(folder, tiles=8, size=40)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _own_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Whatever the one who runs the tests has set for Weights & Biases does not count."""
+    for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_API_KEY", "WANDB_BASE_URL"):
+        monkeypatch.delenv(name, raising=False)
+    for name in ("CACHE", "CONFIG", "DATA"):
+        monkeypatch.setenv(f"WANDB_{name}_DIR", str(tmp_path / "home"))
+
+
+def opened(shards: Path, run: Path, *arguments: str) -> Experiment:
+    run.mkdir(exist_ok=True)
+    return open_experiment(settings(shards, run, *arguments), shards)
+
+
+def entry(step: int, start: int = 1) -> dict[str, Any]:
+    """A line of the metrics, of the run's first, second, ... start."""
+    return {"step": step, "loss": step + 0.25, "losses": {"a": step * 2.0, "b": None}, "seconds": {"rest": 0.5}, "start": start}
+
+
+def write(experiment: Experiment, done: int, steps: range, start: int = 1) -> None:
+    """What rank 0 does: from the restored step on, so many steps, and then the end by whatever reason."""
+    remember_run(experiment)
+    cut_back(experiment.run, done)
+    with Metrics(experiment, done) as lines:
+        for step in steps:
+            lines.write(entry(step, start))
+
+
+def records(path: Path) -> Iterator[Record]:
+    """What a file of a run on Weights & Biases holds: a log in LevelDB's format behind seven bytes."""
+    data, position, whole = path.read_bytes(), 7, b""
+    assert data[:4] == b":W&B"
+    while position + 7 <= len(data):
+        left = 32768 - position % 32768
+        if left < 7:
+            position += left
+            continue
+        length, kind = struct.unpack("<4xHB", data[position : position + 7])
+        whole += data[position + 7 : position + 7 + length]
+        position += 7 + length
+        if kind in (1, 4):  # a whole record, or the last part of one
+            yield Record.FromString(whole)
+            whole = b""
+
+
+def wandb_starts(run: Path) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
+    """Of every start: the run's id, its configuration, and the lines."""
+    found = []
+    for path in sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime_ns):
+        held = list(records(path))
+        (about,) = [r.run for r in held if r.WhichOneof("record_type") == "run"]
+        lines = [
+            {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in r.history.item}
+            for r in held
+            if r.WhichOneof("record_type") == "history"
+        ]
+        found.append((about.run_id, {item.key: json.loads(item.value_json) for item in about.config.update}, lines))
+    return found
+
+
+def board(run: Path) -> EventAccumulator:
+    found = EventAccumulator(str(run / "tensorboard"), size_guidance={"scalars": 0, "images": 0, "tensors": 0})
+    found.Reload()
+    return found
+
+
+def test_both_hold_the_numbers_the_configuration_and_the_figure(shards: Path, tmp_path: Path) -> None:
+    arguments = ("log.wandb=offline", "log.tensorboard=true", "log.project=earth", "log.tags=[a,b]", "optimizer.lr=0.125")
+    experiment = opened(shards, tmp_path / "run", *arguments)
+    figure = tmp_path / "figure.png"
+    imsave(figure, np.zeros((5, 9, 3)))
+    remember_run(experiment)
+    with Metrics(experiment, 0) as lines:
+        for step in (1, 2, 3):
+            lines.write(entry(step))
+        lines.figure(figure, 3)
+
+    ((name, config, lines),) = wandb_starts(experiment.run)
+    assert name == json.loads((experiment.run / "wandb.json").read_text())["id"]
+    assert (config["optimizer"]["lr"], config["train"]["steps"]) == (0.125, 4)
+    assert [line["_step"] for line in lines] == [1, 2, 3]
+    for line in lines:
+        assert (line["loss"], line["losses/a"], line["seconds/rest"]) == (line["_step"] + 0.25, line["_step"] * 2.0, 0.5)
+        assert "losses/b" not in line
+    assert [lines[-1][f"reconstruction.{part}"] for part in ("width", "height")] == [9, 5]
+    drawn = next((experiment.run / "wandb").glob("offline-run-*/files")) / lines[-1]["reconstruction.path"]
+    assert drawn.read_bytes() == figure.read_bytes()
+
+    shown = board(experiment.run)
+    assert [(e.step, e.value) for e in shown.Scalars("losses/a")] == [(1, 2.0), (2, 4.0), (3, 6.0)]
+    assert [(e.step, e.value) for e in shown.Scalars("loss")] == [(1, 1.25), (2, 2.25), (3, 3.25)]
+    assert set(shown.Tags()["scalars"]) == {"loss", "losses/a", "seconds/rest", "start"}
+    (image,) = shown.Images("reconstruction")
+    assert (image.step, image.width, image.height, image.encoded_image_string) == (3, 9, 5, figure.read_bytes())
+    (text,) = shown.Tensors("config/text_summary")
+    assert b"lr: 0.125" in text.tensor_proto.string_val[0]
+
+
+def test_a_resumed_run_keeps_its_id_and_every_step_is_held_once_in_order(shards: Path, tmp_path: Path) -> None:
+    experiment = opened(shards, tmp_path / "run", "log.wandb=offline", "log.tensorboard=true")
+    write(experiment, 0, range(1, 7), start=1)  # lost after step 6, the last checkpoint is of step 3
+    write(experiment, 3, range(4, 6), start=2)  # lost again before it comes that far
+    write(experiment, 3, range(4, 9), start=3)
+
+    starts = wandb_starts(experiment.run)
+    assert len({name for name, _, _ in starts}) == 1
+    assert [[line["_step"] for line in lines] for _, _, lines in starts] == [[1, 2, 3, 4, 5, 6], [], [7, 8]]
+    shown = board(experiment.run)
+    assert [(e.step, e.value) for e in shown.Scalars("start")] == [(s, 1.0 if s <= 3 else 3.0) for s in range(1, 9)]
+    assert [json.loads(line)["step"] for line in (experiment.run / METRICS).read_text().splitlines()] == list(range(1, 9))
+
+
+def test_a_tracker_that_is_asked_for_later_gets_the_steps_before(shards: Path, tmp_path: Path) -> None:
+    write(opened(shards, tmp_path / "run"), 0, range(1, 6))
+    assert {p.name for p in (tmp_path / "run").iterdir()} == {METRICS}
+    experiment = opened(shards, tmp_path / "run", "log.wandb=offline", "log.tensorboard=true")
+    write(experiment, 3, range(4, 5), start=2)
+    ((_, _, lines),) = wandb_starts(experiment.run)
+    assert [(line["_step"], line["start"]) for line in lines] == [(1, 1), (2, 1), (3, 1), (4, 2)]
+    assert [(e.step, e.value) for e in board(experiment.run).Scalars("start")] == [(1, 1), (2, 1), (3, 1), (4, 2)]
+
+
+def test_online_the_service_says_which_steps_it_has(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    experiment = opened(shards, tmp_path / "run", "log.wandb=online", "log.entity=me", "log.group=g")
+    asked, sent = [], []
+
+    class Run:
+        def __init__(self, step: int) -> None:
+            self.step = step
+
+        def log(self, values: dict[str, float], step: int) -> None:
+            sent.append(step)
+
+        def finish(self, exit_code: int) -> None:
+            sent.append(("exit", exit_code))
+
+    def init(**arguments: Any) -> Run:
+        asked.append(arguments)
+        return Run(0 if len(asked) == 1 else 5)  # it never got steps 5 and 6
+
+    import wandb
+
+    monkeypatch.setattr(wandb, "init", init)
+    write(experiment, 0, range(1, 7))
+    write(experiment, 6, range(7, 8))
+    assert sent == [1, 2, 3, 4, 5, 6, ("exit", 0), 5, 6, 7, ("exit", 0)]
+    assert {(a["id"], a["mode"], a["resume"], a["entity"], a["group"]) for a in asked} == {
+        (json.loads((experiment.run / "wandb.json").read_text())["id"], "online", "allow", "me", "g")
+    }
+
+
+class Listener:
+    """A tracker that keeps what it is given, and fails where it is told to."""
+
+    def __init__(self, first: int = 1, fails_at: int = 0) -> None:
+        self.first, self.fails_at = first, fails_at
+        self.steps: list[int] = []
+        self.closed: bool | None = None
+
+    def log(self, step: int, values: dict[str, float]) -> None:
+        if step == self.fails_at:
+            raise ConnectionError("the network\nis away")
+        self.steps.append(step)
+
+    def figure(self, step: int, path: Path) -> None:
+        pass
+
+    def close(self, failed: bool) -> None:
+        self.closed = failed
+
+
+def use(monkeypatch: pytest.MonkeyPatch, **starts: Any) -> None:
+    monkeypatch.setattr(trackers, "asked_for", lambda experiment, done: list(starts.items()))
+
+
+def test_a_tracker_that_fails_says_so_in_one_line_and_nothing_else_changes(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    well, ill = Listener(), Listener(fails_at=2)
+
+    def never() -> Listener:
+        raise OSError("no space left on the disk")
+
+    use(monkeypatch, Well=lambda: well, Ill=lambda: ill, Never=never)
+    experiment = opened(shards, tmp_path / "run")
+    write(experiment, 0, range(1, 6))
+    assert [json.loads(line) for line in (experiment.run / METRICS).read_text().splitlines()] == [entry(s) for s in range(1, 6)]
+    assert (well.steps, well.closed) == ([1, 2, 3, 4, 5], False)
+    assert (ill.steps, ill.closed) == ([1], None)
+    warned = sorted(capsys.readouterr().err.splitlines())
+    assert len(warned) == 2
+    assert warned[0].startswith("warning: Ill gets no more of this run until it is resumed (the network is away); training")
+    assert warned[1].startswith("warning: Never gets no more of this run until it is resumed (no space left on the disk);")
+
+
+def test_training_does_not_wait_for_a_tracker_that_hangs(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free, hanging = threading.Event(), Listener()
+
+    def hang() -> Listener:
+        free.wait(60)
+        return hanging
+
+    monkeypatch.setattr(trackers, "WAITING", 3)
+    use(monkeypatch, Hanging=hang)
+    experiment = opened(shards, tmp_path / "run")
+    write(experiment, 0, range(1, 8))
+    assert [json.loads(line)["step"] for line in (experiment.run / METRICS).read_text().splitlines()] == list(range(1, 8))
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert warning.startswith("warning: Hanging gets no more of this run until it is resumed (3 lines wait for it);")
+    assert not hanging.steps
+    free.set()
+
+
+def test_the_end_of_a_run_waits_for_what_is_still_being_sent_but_not_for_ever(
+    shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    free = threading.Event()
+    slow, stuck = Listener(), Listener()
+    slow.close = lambda failed: setattr(slow, "closed", failed)
+    stuck.close = lambda failed: setattr(stuck, "closed", free.wait(60))
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 0.5)
+    use(monkeypatch, Slow=lambda: slow, Stuck=lambda: stuck)
+    experiment = opened(shards, tmp_path / "run")
+    write(experiment, 0, range(1, 101))
+    assert slow.steps == list(range(1, 101))
+    assert slow.closed is False
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert "Stuck gets no more of this run until it is resumed (it has not taken everything within 0.5 s)" in warning
+    free.set()
+
+
+def test_a_run_that_ends_by_an_error_is_marked_so(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    listener = Listener()
+    use(monkeypatch, Listener=lambda: listener)
+    experiment = opened(shards, tmp_path / "run")
+    with pytest.raises(ZeroDivisionError), Metrics(experiment, 0):
+        _ = 1 / 0
+    assert listener.closed is True
+
+
+def test_numbers_have_names_with_slashes_and_null_has_none() -> None:
+    line = {"step": 3, "loss": 1.5, "losses": {"a": None, "b": 2.0}, "validation": {"step": 1, "losses": {"b": 4.0}}}
+    assert dict(numbers(line)) == {"loss": 1.5, "losses/b": 2.0, "validation/step": 1, "validation/losses/b": 4.0}
+
+
+def test_a_run_of_two_workers_is_fed_by_one_of_them_and_goes_on_where_it_was(shards: Path, tmp_path: Path) -> None:
+    recipe = ("log.wandb=offline", "log.tensorboard=true", "train.workers=2", "figure.tiles=1", "checkpoint.every=2")
+    train(shards, tmp_path, *recipe, "train.steps=5", "train.stop_at=3")
+    train(shards, tmp_path, *recipe, "train.steps=5")
+    held = metrics(tmp_path)
+    starts = wandb_starts(tmp_path)
+    assert len({name for name, _, _ in starts}) == 1
+    assert [[line["_step"] for line in lines] for _, _, lines in starts] == [[1, 2, 3], [4, 5]]
+    for line, sent in zip(held, [line for _, _, lines in starts for line in lines], strict=True):
+        values = dict(numbers(line))
+        assert "seconds/backward" in values
+        assert {name: sent[name] for name in values} == pytest.approx(values)
+    assert [lines[-1]["reconstruction._type"] for _, _, lines in starts] == ["image-file"] * 2
+    shown = board(tmp_path)
+    assert [(e.step, e.value) for e in shown.Scalars("loss")] == [
+        (line["step"], pytest.approx(line["loss"], rel=1e-6)) for line in held
+    ]
+    assert [image.step for image in shown.Images("reconstruction")] == [3, 5]
