@@ -78,7 +78,10 @@ def test_nor_do_they_to_two_sets_with_the_same_ids_from_a_store_through_one_cach
     assert ledger(run) == ledger(undisturbed)
     assert_each_epoch_holds_each_tile_once(run, {"tiny/": EPOCH, "other/": OTHER_EPOCH})
     assert losses(run) == pytest.approx(losses(undisturbed), abs=1e-4)
-    print(s3.counts(), sum(path.stat().st_size for path in cache.iterdir()))
+    counts, kept = s3.counts(), sum(path.stat().st_size for path in cache.iterdir())
+    assert counts["slow_down"], counts
+    assert counts["reset"], counts
+    assert 0 < counts["bytes"] < 3 * kept  # epochs are more than three, and without a shared cache each would read everything
 
 
 def disturb(steps: int, run: Path, *arguments: str) -> None:
