@@ -1,7 +1,7 @@
 # Everything a fresh machine needs: Python 3.11 to 3.13, make and gcc.  The first target that needs the environment makes it.
-#   make pretrain   install, then pretrain on the embedded data set     make test     the test suite (3 minutes)
+#   make pretrain   install, then pretrain on the embedded data set     make test     the test suite (12 minutes)
 #   make lint       ruff and pyright                                    make drills   kill, hang and restart real processes
-#   make bench      measure training steps, then compare their ratios with the committed ones (12 minutes on two cores);
+#   make bench      measure training steps, then compare their ratios with the committed ones (15 minutes on two cores);
 #                   in bf16 as well where the processor multiplies it, or as PRECISIONS=fp32,bf16 says
 #   make bench-gpu  the same on a GPU; PYTHON=python3 takes that Python as it is, with PyTorch, NumPy and PyArrow
 #   make lock       write the lock file from .venv

@@ -10,6 +10,7 @@ from contextlib import suppress
 from typing import Any
 
 import ray
+from ray._private import ray_constants
 
 from mmearth_ray.errors import UsageError
 
@@ -28,6 +29,7 @@ def join_or_start(own_cpus: int, address: str = "") -> None:
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
     cluster = address or os.environ.get("RAY_ADDRESS", "")
     if not cluster or cluster == "local":
+        _stay_on_loopback()
         ray.init(address="local", num_cpus=own_cpus, include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
         return
     try:
@@ -40,6 +42,12 @@ def join_or_start(own_cpus: int, address: str = "") -> None:
             f"cannot join the Ray cluster at {cluster} ({reason}); correct run.address or RAY_ADDRESS, or unset them to start "
             "a Ray on this machine"
         ) from error
+
+
+def _stay_on_loopback() -> None:
+    """Take Ray at its word: on Linux it puts the machine's own address in the place of 127.0.0.1, unless clusters are off."""
+    os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # for the processes that Ray starts
+    ray_constants.ENABLE_RAY_CLUSTER = False  # for this one, where Ray has read it already
 
 
 def _show_token() -> None:

@@ -1,8 +1,14 @@
-"""Joining a cluster that is not there is answered at once."""
+"""Joining a cluster that is not there is answered at once; a Ray of our own is nobody else's."""
 
+import os
+import re
 import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
+from command import descendants
 
 from mmearth_ray.cluster import join_or_start
 from mmearth_ray.errors import UsageError
@@ -15,3 +21,36 @@ def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch: pytest
     monkeypatch.setenv("RAY_ADDRESS", address)
     with pytest.raises(UsageError, match=f"cannot join the Ray cluster at {address}"):
         join_or_start(1)
+
+
+OWN = """
+import sys
+from mmearth_ray.cluster import join_or_start
+join_or_start(2)
+import ray
+ray.get(ray.remote(lambda: 1).remote())
+print("ready", flush=True)
+sys.stdin.read()
+"""
+
+
+def listening(pid: int) -> set[str]:
+    """Addresses on which a process listens, as the kernel writes them (hexadecimal, host byte order)."""
+    links = [str(link.readlink()) for link in Path(f"/proc/{pid}/fd").iterdir() if link.is_symlink()]
+    inodes = {found.group(1) for link in links if (found := re.fullmatch(r"socket:\[(\d+)\]", link))}
+    rows = [row.split() for name in ("tcp", "tcp6") for row in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].rpartition(":")[0] for row in rows if row[3] == "0A" and row[9] in inodes}
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_ray_of_our_own_listens_on_this_machine_only() -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    with subprocess.Popen(
+        [sys.executable, "-c", OWN], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    ) as process:
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+        found = set().union(*(listening(pid) for pid in [process.pid, *descendants(process.pid)]))
+        process.communicate("")
+    assert found
+    assert found <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
