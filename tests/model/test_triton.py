@@ -241,14 +241,19 @@ def test_on_a_cpu_the_error_says_that_it_needs_a_gpu(monkeypatch: pytest.MonkeyP
 
 
 def test_a_run_without_gpus_is_refused_before_it_begins(monkeypatch: pytest.MonkeyPatch) -> None:
-    from mmearth_ray.train import launch  # Ray: not in the process that runs the kernels
+    from mmearth_ray.train import room  # Ray: not in the process that runs the kernels
 
     with pytest.raises(UsageError, match=r"model.backend=triton runs on GPUs only; set train.gpus=true"):
         load(["model.backend=triton", "train.gpus=false"])
-    monkeypatch.setattr(launch.ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
-    assert launch.uses_gpus(load(["model.backend=triton"]))
+    one = room.Cluster((room.Amount(4, 1),), room.Amount(4, 1), 1e9)
+    monkeypatch.setattr(room.ray, "cluster_resources", lambda: {"CPU": 4.0, "GPU": 1.0})
+    monkeypatch.setattr(room, "cluster_now", lambda: one)
+    found = room.wait_for_room(load(["model.backend=triton"]), room.uses_gpus(load(["model.backend=triton"])))
+    assert found
+    assert found.workers == 1
+    config = load(["model.backend=triton", "train.workers=2", "train.wait=0"])
     with pytest.raises(UsageError, match=r"a GPU for each of train.workers=2, the cluster has 1; use fewer train.workers"):
-        launch.uses_gpus(load(["model.backend=triton", "train.workers=2"]))
+        room.wait_for_room(config, room.uses_gpus(config))
 
 
 if __name__ == "__main__":
