@@ -1,7 +1,6 @@
 """Checkpoints: whole under their name or not there, equal after a round trip, clear errors for what cannot be used."""
 
 import json
-import time
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,7 @@ from upath import UPath
 
 from mmearth_ray.checkpoints.folder import read_tensors
 from mmearth_ray.errors import DataError, UsageError
-from mmearth_ray.storage import Location, below, locate, read_bytes
+from mmearth_ray.storage import Location, below, read_bytes
 from mmearth_ray.train import checkpoint
 from mmearth_ray.train.checkpoint import (
     FOLDER,
@@ -169,15 +168,6 @@ def test_damaged_tensors_are_a_data_error(data: bytes | None, tmp_path: Path) ->
 
 
 # ---- on an object store ----
-
-
-@pytest.fixture
-def store(s3: S3, monkeypatch: pytest.MonkeyPatch) -> UPath:
-    """A place on a store.  Waiting for it takes no time."""
-    found = locate(f"{s3.make_bucket()}/run", "checkpoint.directory")
-    assert isinstance(found, UPath)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    return found
 
 
 def test_a_setting_says_where_they_are(tmp_path: Path) -> None:

@@ -2,36 +2,24 @@
 
 import json
 import threading
-import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 import torch
-from s3_server import S3
 from safetensors.torch import save_file
 from tiny_checkpoint import commit, load_tensors, names, same, state, tensors
 from torch import Tensor
-from upath import UPath
 
 from mmearth_ray import storage
 from mmearth_ray.errors import DataError
-from mmearth_ray.storage import Location, locate, read_bytes
+from mmearth_ray.storage import Location, read_bytes
 from mmearth_ray.train import checkpoint
 from mmearth_ray.train.checkpoint import INCOMING, checkpoint_path, save
 from mmearth_ray.train.initial import initial_tensors
 from mmearth_ray.train.parts import Team
 from mmearth_ray.train.tensors import Gathered, shape_only
-
-
-@pytest.fixture
-def store(s3: S3, monkeypatch: pytest.MonkeyPatch) -> UPath:
-    """A place on a store.  Waiting for it takes no time."""
-    found = locate(f"{s3.make_bucket()}/run", "checkpoint.directory")
-    assert isinstance(found, UPath)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
-    return found
 
 
 class Workers:
