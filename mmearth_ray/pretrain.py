@@ -85,7 +85,7 @@ def check_stays(config: Config) -> None:
     """Raise UsageError if the run would be written to a copy of a directory that Ray throws away."""
     kept = {"run.directory": config.run.directory, "checkpoint.directory": config.checkpoint.directory}
     for name, given in kept.items():
-        if given and "://" not in given and not Path(given).is_absolute() and JOB_COPIES in Path.cwd().parts:
+        if given and "://" not in given and not Path(given).expanduser().is_absolute() and JOB_COPIES in Path.cwd().parts:
             raise UsageError(f"{name}={given} is relative to a copy of the working directory that Ray removes after the job; "
                              "give an absolute path, on storage that all machines share")  # fmt: skip
 
@@ -156,6 +156,9 @@ def report(experiment: Experiment, stopped: bool) -> None:
     """Say what the run left behind."""
     folder = checkpoint.directory_of(experiment.config)
     newest = checkpoint.newest(folder)
+    if newest is None and stopped:
+        print("stopped before the first checkpoint; the same command starts again")
+        return
     if newest is None:
         raise DataError(f"training ended without a checkpoint in {folder}; is it on storage that all workers share?")
     step = checkpoint.load_state(newest).step

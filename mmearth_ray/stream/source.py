@@ -54,9 +54,6 @@ class Shards:
             self.made[number] = shard
         return self.made[number]
 
-    def __len__(self) -> int:
-        return len(self.files)
-
     def __getstate__(self) -> dict[str, Any]:
         return vars(self) | {"made": {}}
 

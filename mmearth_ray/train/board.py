@@ -1,9 +1,11 @@
 """The line between a run's workers and its driver: progress one way, the wish to stop the other, and an error that is final."""
 
+import os
 import signal
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any
 
 import ray
@@ -53,18 +55,22 @@ class Silent:
 
 
 class BoardLine:
-    """Rank 0's line to the board, kept up by a thread so that a step never waits for it."""
+    """Rank 0's line to the board, kept up by a thread so that a step never waits for it.
 
-    def __init__(self, board: Any) -> None:
-        self.board = board
+    A worker that has been asked to stop and has made no step for `patience` seconds, for no data come any more, is killed.
+    """
+
+    def __init__(self, board: Any, patience: float) -> None:
+        self.board, self.patience = board, patience
         self.progress: dict[str, Any] | None = None
         self.stop: bool = False
+        self.told = time.monotonic()
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._keep_up, daemon=True)
         self.thread.start()
 
     def tell(self, progress: dict[str, Any]) -> None:
-        self.progress = progress
+        self.progress, self.told = progress, time.monotonic()
 
     def should_stop(self) -> bool:
         return self.stop
@@ -77,9 +83,15 @@ class BoardLine:
     def _keep_up(self) -> None:
         while True:
             last = self.closing.wait(0.5)
-            self.stop = bool(ray.get(self.board.exchange.remote(self.progress)))
+            with suppress(RayError):  # a fault that passes; if the board is gone, so is the driver
+                asked = bool(ray.get(self.board.exchange.remote(self.progress)))
+                if asked and not self.stop:
+                    self.told = time.monotonic()
+                self.stop = asked
             if last:
                 return
+            if self.stop and time.monotonic() - self.told > self.patience:
+                os.kill(os.getpid(), signal.SIGKILL)
 
 
 class Stop:
@@ -128,11 +140,14 @@ class Watch:
         started: tuple[float, int] | None = None
         while True:
             last = self.closing.wait(0.5)
-            try:
+            with suppress(Exception):  # of Ray's private parts or a fault that passes: there is another look
                 self.changing = self.changing or (not last and self.better())
+            try:
                 progress, self.fatal = ray.get(self.board.look.remote(self.stop.asked or self.changing))
             except RayError:
-                return
+                if last:
+                    return
+                continue
             if progress and progress["step"] != self.step:
                 if started is None:
                     started = (time.monotonic(), progress["step"])

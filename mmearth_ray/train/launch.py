@@ -44,7 +44,7 @@ START_SECONDS = 60
 """How long a group of workers may take to start: longer where a machine was lost that Ray has not missed yet."""
 
 CHANGE_SECONDS = 15.0
-"""How long the cluster must have had room for more workers before the run is interrupted for them."""
+"""How long the cluster must have had room for another number of workers before the run is interrupted for it."""
 
 LOOK_SECONDS = 2.0
 """Between two looks at what the cluster has."""
@@ -73,11 +73,10 @@ def launch(experiment: Experiment) -> bool:
     """
     config = experiment.config
     gpus, failures = uses_gpus(config), Failures(experiment)
-    ask_for(most_workers(config), gpus)
     try:
         with Stop() as stop:
             workers, again = 0, True
-            while again and (room := wait_for_room(config, gpus, lambda: stop.asked)):
+            while again and (room := wait_for_room(config, gpus, lambda: stop.asked, ask_for)):
                 if workers and room.workers != workers:
                     print(f"going on with {counted(room.workers, 'worker')} instead of {workers}", file=sys.stderr, flush=True)
                 workers = room.workers
@@ -132,11 +131,10 @@ def _run_group(experiment: Experiment, room: Room, gpus: bool, stop: Stop) -> bo
 
 
 class Change:
-    """Whether the cluster has had room for more workers for a while, or is about to lose a machine."""
+    """Whether the cluster has had room for another number of workers for a while, or for fewer as it is losing a machine."""
 
     def __init__(self, config: Config, room: Room, gpus: bool) -> None:
         self.config, self.room, self.gpus = config, room, gpus
-        self.leaving = draining()
         self.looked = self.since = time.monotonic()
 
     def __call__(self) -> bool:
@@ -144,9 +142,11 @@ class Change:
         if now - self.looked < LOOK_SECONDS:
             return False
         self.looked = now
-        if fitting(self.config, cluster_now(), self.gpus, self.room.others) <= self.room.workers:
+        ask_for(most_workers(self.config), self.gpus)
+        count = fitting(self.config, cluster_now(), self.gpus, self.room.others)
+        if count == self.room.workers:
             self.since = now
-        return now - self.since >= CHANGE_SECONDS or bool(draining() - self.leaving)
+        return now - self.since >= CHANGE_SECONDS or (count < self.room.workers and bool(draining()))
 
 
 class Failures:
@@ -185,7 +185,7 @@ def _worker(settings: dict[str, Any]) -> None:
         data = experiment.config.data
         return stream(source, ranges, tiles_per_task=data.tiles_per_task, read_ahead=data.read_ahead, share=settings["share"])
 
-    line = BoardLine(board) if worker.rank == 0 else None
+    line = BoardLine(board, experiment.config.train.hang_timeout) if worker.rank == 0 else None
     try:
         run(experiment, worker, open_stream, line or Silent())
     except DataError as error:

@@ -74,13 +74,22 @@ def cluster_now() -> Cluster:
     """What Ray knows of the cluster at this moment; machines about to be taken away do not count."""
     leaving = draining()
     alive = [node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving]
-    offers = [node["Resources"] for node in alive]
-    free = ray.available_resources()
+    offers, free = [node["Resources"] for node in alive], free_on({node["NodeID"] for node in alive})
     return Cluster(
         tuple(Amount(offer.get("CPU", 0.0), offer.get("GPU", 0.0)) for offer in offers),
         Amount(free.get("CPU", 0.0), free.get("GPU", 0.0)),
         sum(offer.get("object_store_memory", 0.0) for offer in offers),
     )
+
+
+def free_on(nodes: set[str]) -> dict[str, float]:
+    """What is free on those machines together."""
+    with suppress(ImportError):  # Ray's own function, but no public one: another version may lack it
+        from ray._private.state import available_resources_per_node
+
+        each = [found for node, found in available_resources_per_node().items() if node in nodes]
+        return {name: float(sum(found.get(name, 0) for found in each)) for name in ("CPU", "GPU")}
+    return ray.available_resources()
 
 
 def draining() -> set[str]:
@@ -106,14 +115,21 @@ def fitting(config: Config, cluster: Cluster, gpus: bool, others: Amount) -> int
     return max((n for n in worker_counts(config) if n <= held), default=0)
 
 
-def wait_for_room(config: Config, gpus: bool, stopped: Callable[[], bool] = lambda: False) -> Room | None:
+def wait_for_room(
+    config: Config,
+    gpus: bool,
+    stopped: Callable[[], bool] = lambda: False,
+    ask: Callable[[int, bool], None] = lambda workers, gpus: None,
+) -> Room | None:
     """Room for as many workers as the run may have; for fewer if it does not come soon; None once `stopped()`.
 
-    Raises UsageError if there is none for the fewest within `train.wait` seconds.
+    `ask(workers, gpus)` is called now and then, for a cluster that adds machines on demand.  Raises UsageError if there
+    is none for the fewest within `train.wait` seconds.
     """
     begin = since = time.monotonic()
     seen, told, most = -1, False, most_workers(config)
     while not stopped():
+        ask(most, gpus)
         cluster = cluster_now()
         count, now = fitting(config, cluster, gpus, cluster.taken), time.monotonic()
         if count != seen:
@@ -161,6 +177,9 @@ def lacking(config: Config, cluster: Cluster, gpus: bool) -> str:
 
 
 def ask_for(workers: int, gpus: bool) -> None:
-    """Tell a cluster that adds machines on demand what the run could use; 0 takes that back."""
+    """Tell a cluster that adds machines on demand what the run could use; 0 takes that back.
+
+    Ray Train and Ray Data tell it what they want every 20 s, over whatever was said before: so this has to be said again.
+    """
     worker = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
     request_resources(bundles=[worker] * workers + [{"CPU": 1}] * (DATA_CPUS if workers else 0))

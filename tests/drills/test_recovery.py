@@ -155,4 +155,6 @@ def test_a_cluster_without_a_cpu_for_data_tasks_is_refused_instead_of_waited_for
             kill(pid, signal.SIGKILL)
         cluster.communicate()
     assert done.returncode == 2, done.stderr
-    assert done.stderr.splitlines()[-1].startswith("error: train.workers=2 would leave no CPU for data tasks")
+    waiting, error = done.stderr.splitlines()
+    assert waiting.startswith("waiting up to 5 s for room: train.workers=2 would leave no CPU for data tasks")
+    assert error.startswith("error: train.workers=2 would leave no CPU for data tasks")

@@ -59,7 +59,7 @@ def test_thousands_of_shards_travel_as_arrays_and_arrive_as_they_were(source: So
         np.array([f"{n:064d}" for n in range(10_000)]), np.full(10_000, 4000),
     )  # fmt: skip
     there = pickle.loads(pickle.dumps(many))
-    assert len(there) == 10_000
+    assert len(there.files) == 10_000
     assert there[777] == Shard(manifest_like.folder / "shard-00777.parquet", 777, f"{777:064d}", 4000)
     assert there[777] is there[777]
     assert not pickle.loads(pickle.dumps(there)).made

@@ -48,7 +48,9 @@ class Cloud:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now, self.cpus, self.leaving = 0.0, 3.0, set[str]()
         monkeypatch.setattr(launch.time, "monotonic", lambda: self.now)
+        self.asked: list[tuple[int, bool]] = []
         monkeypatch.setattr(launch, "cluster_now", self.cluster)
+        monkeypatch.setattr(launch, "ask_for", lambda workers, gpus: self.asked.append((workers, gpus)))
         monkeypatch.setattr(launch, "draining", lambda: set(self.leaving))
 
     def cluster(self) -> Cluster:
@@ -86,8 +88,23 @@ def test_a_fixed_number_of_workers_is_never_interrupted_for_more(tmp_path: Path,
 
 def test_a_machine_about_to_be_taken_away_interrupts_at_the_next_look(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cloud = Cloud(monkeypatch)
-    cloud.leaving = {"gone before the start"}
-    change = Change(experiment(tmp_path, workers=2).config, ROOM, gpus=False)
-    assert not any(cloud.looks(change, 20))
-    cloud.leaving.add("a spot machine")
+    cloud.leaving = {"an idle machine, without which there is room enough"}
+    change = Change(experiment(tmp_path, workers="[1,2]").config, ROOM, gpus=False)
+    assert not any(cloud.looks(change, 60))
+    cloud.cpus = 2  # what is left without it
     assert cloud.looks(change, LOOK_SECONDS) == [True]
+
+
+def test_a_run_whose_data_tasks_have_lost_their_cpu_is_interrupted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cloud = Cloud(monkeypatch)
+    change = Change(experiment(tmp_path, workers=2).config, ROOM, gpus=False)
+    cloud.looks(change, 10)
+    cloud.cpus = 2
+    assert not any(cloud.looks(change, CHANGE_SECONDS - LOOK_SECONDS))
+    assert cloud.looks(change, 2 * LOOK_SECONDS)[-1]
+
+
+def test_what_a_run_could_use_is_asked_for_again_and_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cloud = Cloud(monkeypatch)
+    cloud.looks(Change(experiment(tmp_path, workers="[1,4]").config, ROOM, gpus=False), 20)
+    assert cloud.asked == [(4, False)] * 10
