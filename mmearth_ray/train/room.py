@@ -6,7 +6,7 @@ wait for ever.
 
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -82,7 +82,7 @@ def cluster_now() -> Cluster:
     )
 
 
-def free_on(nodes: set[str]) -> dict[str, float]:
+def free_on(nodes: set[str]) -> Mapping[str, float]:
     """What is free on those machines together."""
     with suppress(ImportError):  # Ray's own function, but no public one: another version may lack it
         from ray._private.state import available_resources_per_node
