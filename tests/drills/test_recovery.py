@@ -56,6 +56,7 @@ def test_a_worker_killed_at_a_random_step_is_replaced_and_nothing_is_lost(
     assert_as_undisturbed(tmp_path, undisturbed, 1e-6)
 
 
+@pytest.mark.long
 def test_a_worker_that_hangs_is_replaced_after_the_timeout(shards: Path, undisturbed: Path, tmp_path: Path) -> None:
     arguments = (*RUN, f"data.shards={shards}", f"run.directory={tmp_path}", "train.workers=2", "train.hang_timeout=15")
     with pretraining(*arguments) as process:
@@ -105,6 +106,7 @@ def test_a_killed_driver_loses_nothing_before_the_last_checkpoint(shards: Path, 
     assert_as_undisturbed(tmp_path, undisturbed, 1e-6)
 
 
+@pytest.mark.long
 def test_relative_paths_mean_the_same_to_workers_and_an_old_export_is_made_anew(tmp_path: Path) -> None:
     make_data_set(tmp_path / "data", tiles=20, size=40, held_out=4)
     arguments = [*SMALL[:2], "train.global_batch=8", "data.shards=data", "run.directory=runs/a", "train.steps=3"]

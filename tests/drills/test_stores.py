@@ -45,6 +45,7 @@ def steps_that_load(folder: str) -> list[int]:
     return steps
 
 
+@pytest.mark.long
 def test_checkpoints_on_a_store_that_throttles_breaks_and_resets_are_all_whole(
     manifest: Manifest, undisturbed: Path, s3: S3, tmp_path: Path
 ) -> None:
