@@ -15,7 +15,7 @@ pytestmark = pytest.mark.drill
 STEPS = 60
 RUN = (*SMALL, f"train.steps={STEPS}", "train.ledger=true", "checkpoint.every=5", "validate.tiles=0")
 FAST = {"RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "500",
-        "RAY_health_check_failure_threshold": "4"}  # fmt: skip
+        "RAY_health_check_failure_threshold": "4", "RAY_AUTH_MODE": "token"}  # fmt: skip
 
 
 class Nodes:
@@ -48,7 +48,9 @@ class Nodes:
         process = self.processes[number]
         for pid in [*descendants(process.pid), process.pid]:
             kill(pid, signal.SIGKILL)
-        process.communicate()
+        process.wait()
+        if process.stdout:
+            process.stdout.close()
 
     def close(self) -> None:
         for number in reversed(range(len(self.processes))):
