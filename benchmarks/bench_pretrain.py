@@ -4,8 +4,8 @@
 
 Each round measures three things in turn, with as many processes as train workers and the cores shared out among them:
 bare steps (torch alone, batches in memory, nothing shared), plain DistributedDataParallel over gloo, and the command
-`mmearth_ray.pretrain` with all that belongs to it: data tasks, Ray's daemons, the driver.  Ratios are medians of the rounds'
-own ratios, so that a machine whose speed drifts does not move them.
+`mmearth_ray.pretrain` with all that belongs to it: data tasks, Ray's daemons, the driver; for each of the engines anew.  Ratios
+are medians of the rounds' own ratios, so that a machine whose speed drifts does not move them.
 """
 
 import os
@@ -29,6 +29,7 @@ from mmearth_ray.settings import key
 from mmearth_ray.shards.build import compression_for
 from mmearth_ray.shards.synthesise import SynthesiseOptions, synthesise
 from mmearth_ray.shards.write import COMPRESSIONS
+from mmearth_ray.train.engines import ENGINES
 
 ENDLESS = 1_000_000
 """Steps of a run that is stopped from outside."""
@@ -38,6 +39,7 @@ ENDLESS = 1_000_000
 class Options:
     size: str = key("atto", "encoder size", among=tuple(SIZES))
     shapes: list[str] = key(["112/16/128", "56/8/64"], "image, patch and tile size of each measurement, as IMAGE/PATCH/TILE")
+    engines: list[str] = key(["ddp"], "engines of the runs", among=tuple(ENGINES))
     workers: int = key(2, "train workers", at_least=1)
     batch: int = key(32, "tiles per step and worker", at_least=1)
     warm: int = key(6, "steps at the start of each part that do not count", at_least=1)
@@ -65,9 +67,9 @@ def main(arguments: list[str]) -> int:
     options = settings.load(Options, [], arguments)
     about = circumstances("benchmarks.bench_pretrain")
     shapes = [shape_of(text) for text in options.shapes]
-    results = {shape: measure(options, *shape) for shape in shapes}
-    rows = [summary(options, shape, rounds) for shape, rounds in results.items()]
-    costs = [spending(shape, rounds) for shape, rounds in results.items()]
+    results = {(shape, engine): measure(options, *shape, engine) for shape in shapes for engine in options.engines}
+    rows = [{"engine": engine, **summary(options, shape, rounds)} for (shape, engine), rounds in results.items()]
+    costs = [{"engine": engine, **spending(shape, rounds)} for (shape, engine), rounds in results.items()]
     print("\n".join([*table(rows), "", *table(costs)]))
     if options.save:
         print(f"written to {write('pretrain', about, rows, {'CPU milliseconds per tile': costs})}")
@@ -88,19 +90,19 @@ def threads_of(workers: int) -> int:
     return max(1, len(os.sched_getaffinity(0)) // workers)
 
 
-def measure(options: Options, image: int, patch: int, tile: int) -> list[Round]:
+def measure(options: Options, image: int, patch: int, tile: int, engine: str) -> list[Round]:
     with TemporaryDirectory() as directory, shards(options, tile) as data:
         rounds = []
         for number in range(options.rounds):
             run = Path(directory) / f"run-{number}"
-            arguments = run_arguments(options, data, run, image, patch)
+            arguments = [*run_arguments(options, data, run, image, patch), f"train.engine={engine}"]
             config = configuration.load(arguments)
             pace = {"threads": threads_of(options.workers), "warm": options.warm, "steps": options.steps}
-            bare, ddp = (train(config, **pace, ddp=together) for together in (False, True))
+            bare, ddp = (train(config, **pace, way=way) for way in ("bare", "plain"))
             tiles = options.workers * options.batch
             passage = watch(arguments, run, tiles=tiles, warm=options.warm, steps=options.steps)
             rounds.append(Round(bare, ddp, passage, config.train.precision))
-            print(f"{image}/{patch}, round {number + 1}: {bare.tiles_per_second:.1f} tiles/s bare, "
+            print(f"{image}/{patch}, {engine}, round {number + 1}: {bare.tiles_per_second:.1f} tiles/s bare, "
                   f"{ddp.tiles_per_second:.1f} DDP, {rounds[-1].run.tiles_per_second:.1f} end to end", flush=True)  # fmt: skip
     return rounds
 

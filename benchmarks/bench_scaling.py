@@ -6,8 +6,10 @@ Measured, on plain DistributedDataParallel over gloo with the same threads for e
 against one worker, bytes that a worker sends in a step, and all-reduces alone, to which latency and bandwidth are fitted.
 More workers than cores share them, so their efficiency cannot exceed cores / workers.
 
+Every engine of `train.engine` in the same way, beside ddp: rate, memory of the fullest worker, bytes over the loopback device.
+
 Modelled (benchmarks/communication.py), not measured: GPUs.  Their step is FLOPs / (peak x utilisation), both assumed; links are
-what their makers state.  Only the engine ddp exists in this project.
+what their makers state.
 """
 
 import os
@@ -33,6 +35,7 @@ from mmearth_ray.model.flops import count, shape_of
 from mmearth_ray.model.mpmae import build_mpmae
 from mmearth_ray.settings import key
 from mmearth_ray.shards.synthesise import SynthesiseOptions, synthesise
+from mmearth_ray.train.engines import ENGINES
 
 MESSAGES = [1 << 12, 1 << 16, 1 << 20, 1 << 22, 1 << 24, 1 << 26]
 """Bytes of the all-reduces that are timed: from a vector to the gradient of a small model."""
@@ -63,6 +66,9 @@ class Options:
     peak: float = key(67e12, "FLOP/s of a GPU (H100 SXM data sheet, float32)", above=0)
     utilisation: float = key(0.3, "share of the peak that a step reaches; assumed", above=0, at_most=1)
     gpu_batch: int = key(256, "tiles per step and GPU; assumed", at_least=1)
+    engines: list[str] = key(
+        list(ENGINES), "engines that are measured; the first is what others are compared with", among=tuple(ENGINES)
+    )
     extra: list[str] = key([], "further settings of the measured run, such as model.decoder_width=64")
     save: bool = key(True, "write the result to benchmarks/results/")
 
@@ -78,6 +84,7 @@ def main(arguments: list[str]) -> int:
     links = {n: fit_link(MESSAGES, times, n) for n, times in seconds.items()}
     rows = [scaling_row(options, n, rounds, links.get(n)) for n in options.workers]
     tables = {
+        "Engines": [engine_row(options, n, engine, rounds) for n in options.workers for engine in options.engines],
         "All-reduce over gloo, milliseconds": message_rows(seconds, links),
         "Modelled, not measured: what communication adds to a step on GPUs": model_rows(options),
     }
@@ -88,8 +95,12 @@ def main(arguments: list[str]) -> int:
     return 0
 
 
-def measure(options: Options) -> list[dict[tuple[int, bool], Pace]]:
-    """The rounds; each has bare processes (false) and DistributedDataParallel (true) for every number of workers."""
+Paces = dict[tuple[int, str], Pace]
+"""By workers and what they ran: `bare`, `plain` (see `benchmarks.side_by_side`), or an engine's name."""
+
+
+def measure(options: Options) -> list[Paces]:
+    """The rounds, each with every number of workers and everything that they run."""
     with TemporaryDirectory() as directory:
         data = Path(options.data)
         if not options.data:
@@ -100,11 +111,13 @@ def measure(options: Options) -> list[dict[tuple[int, bool], Pace]]:
         for _ in range(options.rounds):
             paces = {}
             for workers in options.workers:
-                config = configuration.load(run_arguments(options, data, workers))
-                for ddp in (False, True):
-                    paces[workers, ddp] = train(
-                        config, threads=options.threads, warm=options.warm, steps=options.steps, ddp=ddp
-                    )
+                pace = {"threads": options.threads, "warm": options.warm, "steps": options.steps}
+                given = run_arguments(options, data, workers)
+                paces[workers, "bare"] = train(configuration.load(given), **pace, way="bare")
+                paces[workers, "plain"] = train(configuration.load(given), **pace, way="plain")
+                for engine in options.engines:
+                    config = configuration.load([*given, f"train.engine={engine}"])
+                    paces[workers, engine] = train(config, **pace, way="engine")
             rounds.append(paces)
     return rounds
 
@@ -117,14 +130,12 @@ def run_arguments(options: Options, data: Path, workers: int) -> list[str]:
     ]  # fmt: skip
 
 
-def scaling_row(
-    options: Options, workers: int, rounds: list[dict[tuple[int, bool], Pace]], link: Link | None
-) -> dict[str, float | str]:
+def scaling_row(options: Options, workers: int, rounds: list[Paces], link: Link | None) -> dict[str, float | str]:
     """One number of workers: medians of the rounds' rates and of their own ratios, beside what the model makes of them."""
     first = options.workers[0]
-    ddp = [paces[workers, True] for paces in rounds]
-    alone = [paces[first, True].tiles_per_second / first for paces in rounds]
-    bare = [paces[workers, False].tiles_per_second for paces in rounds]
+    ddp = [paces[workers, "plain"] for paces in rounds]
+    alone = [paces[first, "plain"].tiles_per_second / first for paces in rounds]
+    bare = [paces[workers, "bare"].tiles_per_second for paces in rounds]
     rates = [pace.tiles_per_second for pace in ddp]
     size = ddp[0].gradient_bytes
     step = workers * options.batch / statistics.median(bare)
@@ -139,6 +150,20 @@ def scaling_row(
         "gradient MB": size / 1e6,
         "MB sent by a ring": 2 * (workers - 1) / workers * size / 1e6,
         "MB over loopback": statistics.median(pace.loopback_bytes for pace in ddp) / 1e6,
+    }  # fmt: skip
+
+
+def engine_row(options: Options, workers: int, engine: str, rounds: list[Paces]) -> dict[str, float | str]:
+    """An engine beside the first one: medians of the rounds' rates and of their own ratios."""
+    own, first = ([paces[workers, name] for paces in rounds] for name in (engine, options.engines[0]))
+    return {
+        "workers x threads": f"{workers} x {options.threads}", "engine": engine,
+        "tiles/s": statistics.median(pace.tiles_per_second for pace in own),
+        f"tiles/s of {options.engines[0]}'s": statistics.median(
+            a.tiles_per_second / b.tiles_per_second for a, b in zip(own, first, strict=True)
+        ),
+        "peak MB of a worker": statistics.median(pace.peak for pace in own) / 1e6,
+        "MB over loopback": statistics.median(pace.loopback_bytes for pace in own) / 1e6,
     }  # fmt: skip
 
 
@@ -164,7 +189,7 @@ def model_rows(options: Options) -> list[dict[str, Any]]:
         step = assumed_step(flops * options.gpu_batch, options.peak, options.utilisation)
         for engine in SENT:
             row: dict[str, Any] = {
-                "size": size, "engine": engine + ("" if engine == "ddp" else " (volumes only)"),
+                "size": size, "engine": engine,
                 "parameters M": parameters / 1e6, "step ms (assumed)": 1e3 * step.seconds,
                 "MB sent": volume(engine, FLOAT_BYTES * parameters) / 1e6,
             }  # fmt: skip

@@ -8,7 +8,7 @@ nodes over every GPU's own link, an all-gather within the node.
 Engines differ in what they send (Rajbhandari et al., 2020, arXiv:1910.02054, section 7), in bytes of all parameters: ddp,
 zero1 and zero2 twice, zero3 three times.  What is sent while a pass computes is hidden behind it, but for its last bucket; the
 parameters that zero1 and zero2 gather after the optimizer are not.  On a CPU nothing is hidden, since the cores that send are
-those that compute.  Only ddp exists in this project; the others are volumes of this model.
+those that compute.
 """
 
 import math

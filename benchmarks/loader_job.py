@@ -153,7 +153,8 @@ class _Consumer:
     """A process of Ray's, as a train worker is one."""
 
     def ready(self) -> None:
-        pass
+        """Import what a train worker has imported when its loop begins."""
+        import mmearth_ray.stream.pipeline  # noqa: F401
 
     def run(self, work: Callable[..., Iterator[int]], source: Any, job: Job, rank: int) -> Taken:
         return take(work(source, rank), job, rank, job.cores)

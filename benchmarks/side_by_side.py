@@ -1,8 +1,8 @@
-"""Plain processes that train side by side, without Ray and without an engine: what an end-to-end run is compared with.
+"""Processes that train side by side, without Ray: what an end-to-end run is compared with, and engines with each other.
 
 Each has its own threads, a few batches of the run's own stream in memory, the run's objective, precision and fused AdamW, and
-the allocator's settings of train workers.  Bare processes share nothing; the others average gradients with
-DistributedDataParallel over gloo.
+the allocator's settings of train workers.  `bare` processes share nothing; those of `plain` average gradients with
+DistributedDataParallel over gloo, without an engine; `engine` takes the one that `train.engine` names.
 """
 
 import multiprocessing
@@ -16,22 +16,27 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import cycle, islice
 from pathlib import Path
+from resource import RUSAGE_SELF, getrusage
 from tempfile import TemporaryDirectory
+from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
 from mmearth_ray.config import micro_batch_of, most_workers
-from mmearth_ray.experiment import build_objective, open_experiment
+from mmearth_ray.experiment import Experiment, build_objective, open_experiment
 from mmearth_ray.keys import Config
 from mmearth_ray.pretrain import shards_of
 from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.train.allocator import KEEP_FREED_MEMORY
 from mmearth_ray.train.engine import ddp as share_gradients
 from mmearth_ray.train.engine import parameter_groups
+from mmearth_ray.train.engines import build_engine
 from mmearth_ray.train.loop import to_device
+
+Way = Literal["bare", "plain", "engine"]
 
 HELD = 4
 """Batches that each process keeps in memory and goes through in turn."""
@@ -43,25 +48,28 @@ LOST = timedelta(minutes=10)
 @dataclass(frozen=True)
 class Pace:
     """How fast processes trained: tiles per second of all together, CPU seconds per tile; bytes of gradients that each gave to
-    the all-reduce in a step, and bytes that crossed the loopback device meanwhile, for each process and step."""
+    the all-reduce in a step (`plain` alone), and bytes that crossed the loopback device meanwhile, for each process and step;
+    the most bytes that were resident in one of them."""
 
     tiles_per_second: float
     cpu_per_tile: float
     gradient_bytes: float
     loopback_bytes: float
+    peak: float = 0.0
 
 
-def train(config: Config, *, threads: int, warm: int, steps: int, ddp: bool) -> Pace:
+def train(config: Config, *, threads: int, warm: int, steps: int, way: Way) -> Pace:
     """Train the most of `train.workers` processes at the same time for `steps` steps each, after `warm` that do not count."""
     workers = most_workers(config)
     with _processes(workers) as (pool, store):
-        runs = [pool.submit(_process, config, rank, store, threads, warm, steps, ddp) for rank in range(workers)]
+        runs = [pool.submit(_process, config, rank, store, threads, warm, steps, way) for rank in range(workers)]
         paces = [run.result() for run in runs]
     return Pace(
         tiles_per_second=sum(pace.tiles_per_second for pace in paces),
         cpu_per_tile=sum(pace.cpu_per_tile for pace in paces) / workers,
         gradient_bytes=paces[0].gradient_bytes,
         loopback_bytes=paces[0].loopback_bytes,
+        peak=max(pace.peak for pace in paces),
     )
 
 
@@ -92,13 +100,14 @@ def _environment(variables: Mapping[str, str]) -> Iterator[None]:
                 os.environ[name] = value
 
 
-def _process(config: Config, rank: int, store: str, threads: int, warm: int, steps: int, ddp: bool) -> Pace:
+def _process(config: Config, rank: int, store: str, threads: int, warm: int, steps: int, way: Way) -> Pace:
     torch.set_num_threads(threads)
     workers = most_workers(config)
     size = micro_batch_of(config, workers)
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=LOST)
     sent: list[int] = []
-    step = _step(config, rank, _counting(sent) if ddp else None)
+    hook = _counting(sent) if way == "plain" else None
+    step = _engine_step(config, rank) if way == "engine" else _step(config, rank, hook)
     for _ in range(warm):
         step()
     dist.barrier()
@@ -111,7 +120,8 @@ def _process(config: Config, rank: int, store: str, threads: int, warm: int, ste
     dist.barrier()
     loopback = loopback_bytes() - loopback
     dist.destroy_process_group()
-    return Pace(steps * size / took, cpu / (steps * size), sum(sent) / steps, loopback / workers / steps)
+    peak = 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    return Pace(steps * size / took, cpu / (steps * size), sum(sent) / steps, loopback / workers / steps, peak)
 
 
 def loopback_bytes() -> int:
@@ -157,11 +167,7 @@ def _step(config: Config, rank: int, hook: Callable | None) -> Callable[[], None
     if hook:
         module = share_gradients(module)
         module.register_comm_hook(dist.group.WORLD, hook)
-    workers = most_workers(config)
-    size = micro_batch_of(config, workers)
-    ranges = MicroBatches(1, HELD, config.train.global_batch, workers, rank, size)
-    prepared = experiment.source.batches(ranges[number] for number in range(HELD))
-    batches = cycle([(to_device(b, torch.device("cpu")), torch.from_numpy(b["count"].sum(0))) for b in islice(prepared, HELD)])
+    batches = _held_batches(experiment, rank)
 
     def step() -> None:
         batch, totals = next(batches)
@@ -172,6 +178,28 @@ def _step(config: Config, rank: int, hook: Callable | None) -> Callable[[], None
         optimizer.zero_grad(set_to_none=True)
 
     return step
+
+
+def _engine_step(config: Config, rank: int) -> Callable[[], None]:
+    """A function that makes one step with the engine of the configuration, of one micro-batch."""
+    experiment = open_experiment(config, *shards_of(config))
+    engine = build_engine(build_objective(experiment), config, torch.device("cpu"), most_workers(config))
+    batches = _held_batches(experiment, rank)
+
+    def step() -> None:
+        engine.backward(*next(batches), 1.0, last=True)
+        engine.step(1e-4)
+
+    return step
+
+
+def _held_batches(experiment: Experiment, rank: int) -> Iterator[tuple[dict[str, Tensor], Tensor]]:
+    """The worker's first batches, in turn for ever, each with its valid elements of every target."""
+    config = experiment.config
+    workers = most_workers(config)
+    ranges = MicroBatches(1, HELD, config.train.global_batch, workers, rank, micro_batch_of(config, workers))
+    prepared = experiment.source.batches(ranges[number] for number in range(HELD))
+    return cycle([(to_device(b, torch.device("cpu")), torch.from_numpy(b["count"].sum(0))) for b in islice(prepared, HELD)])
 
 
 def _counting(sent: list[int]) -> Callable:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 import fsspec
 import pytest
 import torch
+from nodes import Nodes
 from s3_server import S3, serving
 
 torch.set_num_threads(1)
@@ -29,3 +30,13 @@ def s3(s3_server: S3, monkeypatch: pytest.MonkeyPatch) -> Iterator[S3]:
     yield s3_server
     s3_server.fail()
     fsspec.get_filesystem_class("s3").clear_instance_cache()
+
+
+@pytest.fixture
+def nodes() -> Iterator[Nodes]:
+    """A cluster of a head alone, which has no CPU."""
+    cluster = Nodes()
+    try:
+        yield cluster
+    finally:
+        cluster.close()

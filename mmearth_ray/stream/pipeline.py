@@ -27,6 +27,9 @@ from mmearth_ray.stream.prepare import Batch, bytes_per_tile
 from mmearth_ray.stream.source import Source
 
 TASKS_PER_WINDOW = 1024
+FIRST_WINDOW = 32
+"""Data tasks of one dataset: at most, and of the first one.  Ray Data puts every task's number into the object store before it
+begins any task, which takes a second or two for a thousand."""
 
 BLOCK_SHARE = 0.9
 """Target size of a block as a share of a batch: Ray Data closes a block once it exceeds the target and cuts it where it is
@@ -45,7 +48,7 @@ class Share:
 def stream(
     source: Source, ranges: MicroBatches, *, tiles_per_task: int, read_ahead: int, share: Share, window: int = TASKS_PER_WINDOW
 ) -> Iterator[Batch]:
-    """The batches of those position ranges, in order, prepared ahead by Ray Data tasks, `window` of which make one dataset.
+    """The batches of those position ranges, in order, prepared ahead by Ray Data tasks, at most `window` of them in a dataset.
 
     The next window is begun before the last batches of one are taken, so that reading ahead goes on.  Raises DataError, as the
     task that met it put it, if a shard is missing or damaged.
@@ -58,29 +61,36 @@ def stream(
 
     held = ray.put(source)
 
-    def begin(first: int) -> Iterator[Batch]:
-        count = min(window, tasks - first)
+    def begin(tasks: range) -> Iterator[Batch]:
+        count = len(tasks)
         task_numbers = ray.data.range(count, override_num_blocks=count)
-        prepare = cast(Any, _Prepare(held, ranges, first, per_task))
+        prepare = cast(Any, _Prepare(held, ranges, tasks.start, per_task))
         dataset = task_numbers.map_batches(prepare, batch_size=None, num_cpus=min(1.0, share.cpus))
         found = dataset.iter_batches(batch_size=ranges.micro_batch, prefetch_batches=read_ahead, batch_format="numpy")
         return cast(Iterator[Batch], iter(found))
 
-    tasks = -(-len(ranges) // per_task)
-    firsts = range(0, tasks, window)
+    every = list(windows(-(-len(ranges) // per_task), window))
     try:
         with ThreadPoolExecutor(1, "next-window") as pool:
-            current = begin(0) if firsts else iter(())
-            for first in firsts:
-                coming, left = None, min(window * per_task, len(ranges) - first * per_task)
+            current = begin(every[0]) if every else iter(())
+            for tasks, following in zip(every, [*every[1:], None], strict=True):
+                coming, left = None, min(tasks.stop * per_task, len(ranges)) - tasks.start * per_task
                 for batch in current:
                     left -= 1
-                    if coming is None and left <= read_ahead and first + window < tasks:
-                        coming = pool.submit(_begun, begin(first + window))
+                    if coming is None and following and left <= read_ahead:
+                        coming = pool.submit(_begun, begin(following))
                     yield batch
                 current = coming.result() if coming else iter(())
     except RayError as error:
         raise user_error(error) or error from error
+
+
+def windows(tasks: int, most: int) -> Iterator[range]:
+    """The numbers of so many tasks, cut into ranges each twice as long as the one before, of `most` at most."""
+    first, count = 0, min(FIRST_WINDOW, most)
+    while first < tasks:
+        yield range(first, min(first + count, tasks))
+        first, count = first + count, min(2 * count, most)
 
 
 def _begun(batches: Iterator[Batch]) -> Iterator[Batch]:

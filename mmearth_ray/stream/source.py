@@ -193,7 +193,8 @@ class _Groups:
     def expect(self, parts: Iterable[Part]) -> None:
         """Say what will be asked for, in order."""
         if self.pool:
-            self.expected = list(dict.fromkeys((part.tiles, part.slice.group) for part in parts))
+            wanted = dict.fromkeys((part.tiles, part.slice.group) for part in parts)
+            self.expected = [key for key in wanted if key not in self.decoded]  # once used, none is fetched a second time
             self._fetch_ahead(self.pool)
 
     def get(self, part: Part) -> RowGroup:
@@ -216,7 +217,7 @@ class _Groups:
         for key in self.expected:
             if len(self.coming) >= FETCH_AHEAD:
                 return
-            if key not in self.decoded and key not in self.coming:
+            if key not in self.coming:
                 self.coming[key] = pool.submit(self._fetch, *key)
 
     def _read(self, tiles: int, group: int) -> RowGroup:

@@ -6,16 +6,16 @@ import pytest
 import torch
 from tiny_earth import make_data_set
 
-from benchmarks.bench_scaling import MESSAGES, Options, main, message_rows, model_rows, scaling_row, work
+from benchmarks.bench_scaling import MESSAGES, Options, Paces, engine_row, main, message_rows, model_rows, scaling_row, work
 from benchmarks.communication import Link
 from benchmarks.side_by_side import Pace
 from benchmarks.subject import build
 
 
-def paces(one: float, bare: float, two: float) -> dict[tuple[int, bool], Pace]:
+def paces(one: float, bare: float, two: float) -> Paces:
     """A round: rates of one worker, of two bare processes, and of two that share gradients of 8 MB."""
-    rates = {(1, False): one, (1, True): one, (2, False): bare, (2, True): two}
-    return {of: Pace(rate, 0.0, 8e6, 9e6) for of, rate in rates.items()}
+    rates = {(1, "bare"): one, (1, "plain"): one, (2, "bare"): bare, (2, "plain"): two, (2, "ddp"): two, (2, "zero3"): two / 2}
+    return {of: Pace(rate, 0.0, 8e6, 9e6, 7e6) for of, rate in rates.items()}
 
 
 def test_ratios_are_medians_of_the_rounds_own() -> None:
@@ -28,6 +28,16 @@ def test_ratios_are_medians_of_the_rounds_own() -> None:
     assert row["MB over loopback"] == 9
     assert row["the same, modelled"] == 0.5  # the median step of 20 tiles takes a second, and so does sending 8 MB
     assert scaling_row(options, 1, rounds, None)["the same, modelled"] == 1
+
+
+def test_an_engine_is_compared_with_the_first_one_of_its_round() -> None:
+    options = Options(batch=10, workers=[2], engines=["ddp", "zero3"])
+    rounds = [paces(10, 20, 18), paces(100, 180, 170), paces(1, 2, 1.9)]
+    rows = [engine_row(options, 2, engine, rounds) for engine in options.engines]
+    assert [row["engine"] for row in rows] == options.engines
+    assert [row["tiles/s"] for row in rows] == [18, 9]
+    assert [row["tiles/s of ddp's"] for row in rows] == [1, 0.5]
+    assert rows[1]["peak MB of a worker"] == 7
 
 
 def test_more_threads_than_cores_are_named() -> None:
@@ -70,4 +80,8 @@ def test_two_processes_are_measured_for_real(tmp_path: Path, capsys: pytest.Capt
     two = next(line for line in lines if len(line) > 2 and line[1].strip().startswith("2 x 1"))
     gradients, ring, loopback = (float(cell) for cell in two[6:9])
     assert ring == gradients > 1
+    engines = {line[2].strip(): [float(cell) for cell in line[3:7]] for line in lines if line[1:2] == [" 2 x 1 "]}
+    assert list(engines) == ["ddp", "zero1", "zero2", "zero3"]
+    assert engines["zero3"][3] > engines["ddp"][3] >= ring  # weights travel for each pass
+    assert all(rate > 0 and peak > 100 for rate, _, peak, _ in engines.values())
     assert loopback >= ring  # with the headers of its packets, and whatever else this machine sends itself

@@ -89,7 +89,7 @@ def test_a_ratio_that_a_row_has_no_longer_is_a_regression(now: Row) -> None:
 
 def test_the_ratios_of_the_end_to_end_and_scaling_benchmarks_are_known() -> None:
     one = Pace(10.0, 0.1, 1, 1)
-    paces = dict.fromkeys([(1, False), (1, True), (2, False), (2, True)], one)
+    paces = dict.fromkeys([(n, way) for n in (1, 2) for way in ("bare", "plain")], one)
     rows = [
         bench_pretrain.summary(bench_pretrain.Options(), (112, 16, 128), [Round(one, one, Passage(10.0, 0.1, {}, 1))]),
         bench_scaling.scaling_row(bench_scaling.Options(workers=[1, 2]), 2, [paces], None),

@@ -1,69 +1,15 @@
 """A cluster of several nodes on this machine that loses one and gains one: the run goes on with what there is."""
 
-import signal
-import socket
-import subprocess
-import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command import SMALL, descendants, environment, kill, ledger, losses, metrics, pretrain, pretraining, wait_for
+from command import SMALL, ledger, losses, metrics, pretrain, pretraining, wait_for
+from nodes import Nodes
 from tiny_earth import make_data_set
 
 pytestmark = pytest.mark.drill
 STEPS = 60
 RUN = (*SMALL, f"train.steps={STEPS}", "train.ledger=true", "checkpoint.every=5", "validate.tiles=0")
-FAST = {"RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "500",
-        "RAY_health_check_failure_threshold": "4", "RAY_AUTH_MODE": "token"}  # fmt: skip
-
-
-class Nodes:
-    """A Ray head without CPUs, and machines that join it: real raylets, each in a process group of its own."""
-
-    def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
-        self.processes: list[subprocess.Popen[str]] = []
-        self.add("--head", f"--port={self.address.rpartition(':')[2]}", "--num-cpus=0", "--include-dashboard=false")
-
-    def add(self, *arguments: str) -> int:
-        """Start a node; returns its number."""
-        own = arguments or (f"--address={self.address}", "--num-cpus=2")
-        command = [str(Path(sys.executable).with_name("ray")), "start", "--block", "--node-ip-address=127.0.0.1", *own]
-        process = subprocess.Popen(
-            [*command, "--disable-usage-stats", "--object-store-memory=200000000"],
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment() | FAST,
-        )  # fmt: skip
-        self.processes.append(process)
-        assert process.stdout
-        for line in process.stdout:
-            if "--block" in line:  # the last lines of a start that has gone well
-                return len(self.processes) - 1
-        raise AssertionError(f"a node did not start: {process.wait()}")
-
-    def lose(self, number: int) -> None:
-        """Take a machine away without a word."""
-        process = self.processes[number]
-        for pid in [*descendants(process.pid), process.pid]:
-            kill(pid, signal.SIGKILL)
-        process.wait()
-        if process.stdout:
-            process.stdout.close()
-
-    def close(self) -> None:
-        for number in reversed(range(len(self.processes))):
-            self.lose(number)
-
-
-@pytest.fixture
-def nodes() -> Iterator[Nodes]:
-    cluster = Nodes()
-    try:
-        yield cluster
-    finally:
-        cluster.close()
 
 
 @pytest.mark.long

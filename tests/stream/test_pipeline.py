@@ -2,6 +2,7 @@
 
 import time
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -17,7 +18,7 @@ from ray.data.block import BlockAccessor
 from tiny_earth import make_data_set
 
 from mmearth_ray.modalities import get, tasks
-from mmearth_ray.stream.pipeline import Breathe, Share, _batches_per_task, _configure
+from mmearth_ray.stream.pipeline import FIRST_WINDOW, Breathe, Share, _batches_per_task, _configure, windows
 from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.stream.prepare import SampleSpec, bytes_per_tile
 from mmearth_ray.stream.source import open_source
@@ -41,6 +42,16 @@ def test_every_batch_becomes_one_block_that_is_neither_cut_nor_joined(micro_batc
         assert block.num_rows() == micro_batch
         assert np.array_equal(block.to_numpy()["id"], batch["id"])
         assert not buffer.has_next()
+
+
+@pytest.mark.parametrize(("tasks", "most"), [(0, 1024), (1, 1024), (FIRST_WINDOW, 1024), (5000, 1024), (97, 5), (3, 1)])
+def test_windows_are_short_at_first_and_hold_every_task_once(tasks: int, most: int) -> None:
+    found = list(windows(tasks, most))
+    assert [number for window in found for number in window] == list(range(tasks))
+    lengths = [len(window) for window in found]
+    assert all(0 < length <= most for length in lengths)
+    assert lengths[:1] == [min(FIRST_WINDOW, most, tasks)][: len(lengths)]
+    assert all(after == min(2 * before, most) for before, after in pairwise(lengths[:-1]))
 
 
 @pytest.mark.parametrize(("micro_batch", "tiles_per_task"), [(4, 64), (2, 6), (4, 4), (2, 64)])

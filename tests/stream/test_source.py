@@ -266,6 +266,23 @@ def test_a_store_gives_the_local_stream_with_and_without_a_cache(manifest: Manif
         assert faults > 0 or reading.cache
 
 
+@pytest.mark.parametrize("batch", [4, 5, 11])
+def test_a_store_is_asked_once_for_a_row_group_that_batches_cut(
+    batch: int, manifest: Manifest, s3: S3, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    place = locate(f"{s3.make_bucket()}/tiny", "data.shards")
+    assert not isinstance(place, Path)
+    for path in manifest.directory.iterdir():
+        fsspec.filesystem("s3").put_file(str(path), f"{place.path}/{path.name}")
+    source, asked, original = open_source([load_manifest(place)], "split == 'train'", make_spec()), [], source_module.fetch
+    monkeypatch.setattr(source_module, "fetch", lambda shard, groups, *rest: asked.append((shard.place.name, *groups))
+                        or original(shard, groups, *rest))  # fmt: skip
+    assert source.samples == 44
+    ids = names(list(source.batches((start, min(start + batch, 44)) for start in range(0, 44, batch))))
+    assert sorted(map(int, ids)) == list(range(44))
+    assert len(asked) == len(set(asked)) == 7
+
+
 def test_a_rare_sets_row_group_is_kept_while_a_common_one_reads_on(
     manifest: Manifest, other: Manifest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
