@@ -41,6 +41,8 @@ def check(config: Config) -> None:
         raise UsageError(f"model.patch_size={model.patch_size} does not divide model.image_size={model.image_size}; "
                          f"use {fits} px, or another patch size")  # fmt: skip
     turns_of(model)
+    if not config.run.directory:
+        raise UsageError("run.directory= names no directory; give one, such as run.directory=runs/pretrain")
     patches = (model.image_size // model.patch_size) ** 2
     visible = visible_patches(patches, model.mask_ratio)
     if not 0 < visible < patches:
@@ -104,8 +106,11 @@ def visible_patches(patches: int, mask_ratio: float) -> int:
 def worker_counts(config: Config) -> list[int]:
     """The numbers of workers that a run may have, ascending.  Raises UsageError if there is none."""
     train = config.train
-    if len(train.workers) not in (1, 2) or train.workers[0] > train.workers[-1]:
+    if len(train.workers) not in (1, 2):
         raise UsageError(f"train.workers={train.workers}: give one number, or [MIN,MAX]")
+    if train.workers[0] > train.workers[-1]:
+        raise UsageError(f"train.workers={train.workers}: MIN {train.workers[0]} is above MAX {train.workers[-1]}; "
+                         f"give [{train.workers[-1]},{train.workers[0]}]")  # fmt: skip
     least, most = train.workers[0], train.workers[-1]
     shown, batch, micro = train.workers if least < most else most, train.global_batch, train.micro_batch or 1
     if not (even := [n for n in range(least, most + 1) if batch % n == 0]):

@@ -57,7 +57,8 @@ class Experiment:
     """A resolved run: `config.train.steps` is set, the samples are chosen, every band in use can be normalised.
 
     `statistics[name]`: mean and std, float32 (products, bands) each.  `identity`: digests that a resumed run must share.
-    `claim`: what the command is known by that keeps checkpoints in their folder; empty where none looks (`train.ownership`).
+    `claim`: what the group of workers is known by that keeps checkpoints in their folder; empty where none looks
+    (`train.ownership`).
     """
 
     config: Config

@@ -29,7 +29,7 @@ class Data:
     )
     cache: str = key("", "local directory that keeps what was read from URLs; empty: none")
     cache_gb: float = key(50.0, "size of the cache, GB, beyond which what was used longest ago goes", above=0)
-    attempts: int = key(8, "times to ask a store that fails before the run ends, 8 in half a minute; for a third of "
+    attempts: int = key(8, "times to ask a store that fails before the run ends, 8 over about 20 s; for a third of "
                         "train.hang_timeout at most", at_least=1, at_most=20)  # fmt: skip
     tiles_per_task: int = key(64, "tiles that one data task prepares at a time", at_least=1)
     read_ahead: int = key(4, "batches kept ready for each worker", at_least=1)
@@ -112,6 +112,10 @@ class Train:
     averaging: str = key(
         "global", "what a loss is the mean of: the global batch, or as published each worker's micro-batch",
         among=("global", "local"),
+    )  # fmt: skip
+    nonfinite: str = key(
+        "stop", "what a step does whose loss or gradient is not finite: end the run, or leave its update out, unless 10 in a "
+        "row are so", among=("stop", "skip"),
     )  # fmt: skip
     ledger: bool = key(False, "write the ids of every step's tiles to ledger/rank-R.jsonl")
     stop_at: int | None = key(None, "save and exit after this step; the schedule keeps its length", at_least=1)

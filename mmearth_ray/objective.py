@@ -145,14 +145,23 @@ class Objective(nn.Module):
         Losses and gradients of all micro-batches on all workers are to be added.  Parameters of other patch sizes get
         gradients of zero, for engines wait for one of every parameter: the sum of none of its elements joins the loss.
         """
-        hidden_BN, patch_size = batch[HIDDEN].long(), self.patch_size(batch)
-        predictions = self.model.at(patch_size)(self.image(batch), batch[VISIBLE].long(), hidden_BN)
-        truths = self._truths(batch, hidden_BN)
+        predictions, truths = self._compared(batch)
         errors_T = torch.stack([ERROR_SUMS[m.kind](predictions[m.name], truths[m.name]) for m in self.targets])
         loss = self.weigh(errors_T, totals_T, share, self.log_variances)
-        for parameter in self.model.idle(patch_size):
+        for parameter in self.model.idle(self.patch_size(batch)):
             loss = loss + parameter.flatten()[:0].sum()
         return loss, errors_T.detach()
+
+    @torch.no_grad()
+    def errors_of_images(self, batch: Batch) -> Tensor:
+        """The sums of errors of every image by itself: float32 (B, T); `forward` adds them up."""
+        predictions, truths = self._compared(batch)
+        rows_TB = [
+            [ERROR_SUMS[m.kind](prediction, Target(truth, valid))
+             for prediction, truth, valid in zip(*(t.split(1) for t in (predictions[m.name], *truths[m.name])), strict=True)]
+            for m in self.targets
+        ]  # fmt: skip
+        return torch.stack([torch.stack(row_B) for row_B in rows_TB], 1)
 
     def patch_size(self, batch: Batch) -> int:
         """Side of the batch's patches, px: images of all sizes have as many."""
@@ -201,6 +210,12 @@ class Objective(nn.Module):
     def image(self, batch: Batch) -> Tensor:
         """The normalised input: (B, C, H, W)."""
         return self.readers[self.input.name](batch, batch[self.input.name]).truth
+
+    def _compared(self, batch: Batch) -> tuple[dict[str, Tensor], dict[str, Target]]:
+        """What the heads say of the hidden patches, and what they should have said."""
+        hidden_BN = batch[HIDDEN].long()
+        predictions = self.model.at(self.patch_size(batch))(self.image(batch), batch[VISIBLE].long(), hidden_BN)
+        return predictions, self._truths(batch, hidden_BN)
 
     def _truths(self, batch: Batch, asked_BN: Tensor) -> dict[str, Target]:
         """What the heads are compared with, in the layout of their predictions."""

@@ -161,9 +161,12 @@ def report(experiment: Experiment, stopped: bool) -> None:
         return
     if newest is None:
         raise DataError(f"training ended without a checkpoint in {folder}; is it on storage that all workers share?")
-    step = checkpoint.load_state(newest).step
+    state = checkpoint.load_state(newest)
+    step = state.step
     on = "; the same command resumes" if stopped else "; without train.stop_at the same command goes on"
     print(f"{'stopped' if stopped else 'done'}: step {step:,} of {experiment.steps:,}{on if step < experiment.steps else ''}")
+    if state.skipped_steps:
+        print(f"  left out    {counted(state.skipped_steps, 'step')}, not finite: see 'skipped' in metrics.jsonl")
     print(f"  checkpoint  {newest}")
     print(f"  encoder     {experiment.run / 'exported' / 'encoder.safetensors'}")
     figures = sorted((experiment.run / "figures").glob("*.png"))

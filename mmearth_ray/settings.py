@@ -137,17 +137,15 @@ def _plain(text: str, wanted: Any, *, one: bool = False) -> Any:
 def check(settings: Any) -> None:
     """Raise UsageError for the first value that its declaration does not allow."""
     for name, entry, value in walk(settings):
-        among = entry.metadata.get("among")
+        among, values = entry.metadata.get("among"), value if isinstance(value, list) else [value]
         if isinstance(value, list) and any(isinstance(v, list | dict) for v in value):
             raise UsageError(f"{name}={value}: must be a list of plain values")
-        if any(isinstance(v, float) and not math.isfinite(v) for v in (value if isinstance(value, list) else [value])):
+        if any(isinstance(v, float) and not math.isfinite(v) for v in values):
             raise UsageError(f"{name}={value}: must be a finite number")
-        if among is not None and any(v not in among for v in (value if isinstance(value, list) else [value])):
+        if among is not None and any(v not in among for v in values):
             raise UsageError(f"{name}={value}: must be one of {', '.join(map(str, among))}")
         for limit, bound in entry.metadata.get("limits", {}).items():
-            if value is not None and not all(
-                _COMPARE[limit](v, bound) for v in (value if isinstance(value, list) else [value])
-            ):
+            if value is not None and not all(_COMPARE[limit](v, bound) for v in values):
                 raise UsageError(f"{name}={value}: must be {limit} {bound:g}")
 
 
@@ -190,8 +188,7 @@ def help_text(kind: type) -> str:
     """Every key with its default and meaning, one to a line, a blank line between sections."""
     rows = list(walk(kind))
     width = max(len(f"{name}={_show(value)}") for name, _, value in rows)
-    lines: list[str] = []
-    previous = ""
+    lines, previous = list[str](), ""
     for name, entry, value in rows:
         head = name.rpartition(".")[0]
         if lines and head != previous:
@@ -202,11 +199,9 @@ def help_text(kind: type) -> str:
 
 
 def _show(value: Any) -> str:
-    if value is None:
-        return "null"
     if isinstance(value, list):
         return "[" + ",".join(map(str, value)) + "]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _allowed(entry: Field) -> str:
@@ -279,9 +274,13 @@ def _is_literal(kind: type, name: str, value: str) -> bool:
     wanted = next((entry.type for known, entry, _ in walk(kind) if known == name), None)
     if wanted is not str and not (isinstance(wanted, UnionType) and set(get_args(wanted)) == {str, type(None)}):
         return False
-    if value in ("", "null"):
-        return wanted is str and not value
-    return not value.startswith("$") and not _QUOTED.fullmatch(value)
+    return (wanted is str and not value) if value in ("", "null") else not (value.startswith("$") or _QUOTED.fullmatch(value))
+
+
+_READABLE = {
+    int: "a whole number", float: "a number", bool: "true or false", str: "text", NoneType: "null", list[str]: "a list of text",
+    list[int]: "a list of whole numbers", list[float]: "a list of numbers", dict[str, list[str]]: "lists of text by name",
+}  # fmt: skip
 
 
 def _explain(kind: type, source: str, name: str) -> str:
@@ -293,8 +292,8 @@ def _explain(kind: type, source: str, name: str) -> str:
     name = next((n for n, entry in known.items() if get_origin(entry.type) is dict and name.startswith(n + ".")), name)
     if name in known:
         wanted = known[name].type
-        readable = getattr(wanted, "__name__", str(wanted)) if not get_args(wanted) else str(wanted)
-        return f"{source}: {name} must be of type {readable}; --help tells what it means"
+        readable = " or ".join(_READABLE[kind] for kind in (get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)))
+        return f"{source}: {name} must be {readable}; --help tells what it means"
     close = [n for n in known if n.endswith("." + name)] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else "--help lists the keys"
     return f"{source}: there is no key '{name}'; {hint}"

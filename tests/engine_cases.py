@@ -24,10 +24,11 @@ RATE = 1e-2
 
 @dataclass(frozen=True)
 class Case:
-    """An engine and how it is asked to work: `settings` are of its run, at the step `spoilt` a gradient is not finite.
+    """An engine and how it is asked to work: `settings` are of its run, at the step `spoilt` a gradient of the first worker is
+    `by`, and the step `left_out` is not made.
 
-    `resumes`: the folder of a checkpoint to go on from.  `saves`: where to leave one in the end.  `kept_whole`: as in `zero`;
-    with 0, stage 3 parts even the smallest parameter.
+    `resumes`: the folder of a checkpoint to go on from.  `saves`: where to leave one in the end.  `kept_whole`, `live`: as in
+    `zero`; with 0, stage 3 parts even the smallest parameter.
     """
 
     engine: str
@@ -35,18 +36,22 @@ class Case:
     steps: int = 2
     settings: tuple[str, ...] = ()
     spoilt: int = 0
+    by: float = float("inf")
+    left_out: int = 0
     resumes: str = ""
     saves: str = ""
     kept_whole: int = 0
+    live: int = 2_000
 
     def file(self, workers: int) -> str:
-        parts = [workers, self.engine, self.micro_batches, self.steps, *self.settings, self.spoilt, self.resumes, self.saves]
+        spoilt = f"{self.spoilt}by{self.by:g}without{self.left_out}"
+        parts = [workers, self.engine, self.micro_batches, self.steps, *self.settings, spoilt, self.resumes, self.saves]
         return "-".join(map(str, parts)).replace("/", "_") + ".pt"
 
 
 def build(case: Case, workers: int, folder: Path) -> DDPEngine | ZeroEngine:
     """The case's engine with the tiny objective."""
-    zero.KEPT_WHOLE = case.kept_whole
+    zero.KEPT_WHOLE, zero.LIVE = case.kept_whole, case.live
     micro = TILES // workers // case.micro_batches
     layout = [f"train.global_batch={TILES}", f"train.workers={workers}", f"train.micro_batch={micro}"]
     config = load([f"train.engine={case.engine}", *layout, *case.settings])
@@ -65,11 +70,13 @@ def drive(engine: DDPEngine | ZeroEngine, rank: int, workers: int, case: Case, s
     """What every step found: the loss before it, and whether it was applied."""
     found = []
     for step in steps:
+        if step == case.left_out:
+            continue
         batch, size = make_batch(TILES, seed=step), TILES // workers // case.micro_batches
         totals = engine.module.valid_counts(batch).sum(0)
         errors, share = torch.zeros(len(totals)), 1 / workers / case.micro_batches
         if step == case.spoilt and rank == 0:
-            share = float("inf")
+            share = case.by  # the gradient of each log-variance, and about that of all
         for number in range(case.micro_batches):
             first = (rank * case.micro_batches + number) * size
             mine = {name: values[first : first + size] for name, values in batch.items()}

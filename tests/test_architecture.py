@@ -35,10 +35,19 @@ MAX_FILE, MAX_FUNCTION = 300, 60
 # A room (a module or a sub-package of mmearth_ray) imports from itself and from rooms before it.
 ROOMS = ("", "errors", "patience", "storage", "copies", "files", "modalities", "progress", "settings", "commands", "cluster",
          "report", "keys", "config", "shards", "stream", "model", "losses", "objective", "checkpoints", "experiment", "train",
-         "adapters", "evaluate", "pretrain", "__main__")  # fmt: skip
+         "adapters", "evaluate", "pretrain", "plan", "doctor", "__main__")  # fmt: skip
 # Packages that only these modules may import, at any scope; a name ending in a dot stands for a whole room.
 ONLY_IN = {
-    "ray": ("cluster", "shards.build", "stream.pipeline", "train.board", "train.launch", "train.room", "evaluate."),
+    "ray": (
+        "cluster",
+        "shards.build",
+        "stream.pipeline",
+        "train.board",
+        "train.launch",
+        "train.room",
+        "evaluate.",
+        "doctor.cluster",
+    ),
     "deepspeed": ("train.zero",),
     "omegaconf": ("settings",),
     "yaml": ("settings",),
@@ -49,7 +58,19 @@ ONLY_IN = {
     "matplotlib": ("report.",),
     "wandb": ("train.trackers",),
     "tensorboard": ("train.trackers",),
-    "torch": ("model.", "losses", "objective", "checkpoints.", "experiment", "train.", "adapters.", "evaluate."),
+    "torch": (
+        "model.",
+        "losses",
+        "objective",
+        "checkpoints.",
+        "experiment",
+        "train.",
+        "adapters.",
+        "evaluate.",
+        "plan.",
+        "doctor.needs",
+        "doctor.group",
+    ),
 }
 # Rooms that know modalities by their rows only.
 NAMELESS = (
@@ -64,6 +85,8 @@ NAMELESS = (
     "config",
     "checkpoints",
     "adapters",
+    "doctor",
+    "plan",
 )
 
 
@@ -169,7 +192,7 @@ def test_reports_need_neither_torch_nor_ray_even_indirectly(module: str) -> None
     assert not loaded_with(module) & {"torch", "ray", "safetensors"}
 
 
-@pytest.mark.parametrize("module", ["pretrain", "shards.__main__"])
+@pytest.mark.parametrize("module", ["pretrain", "doctor.__main__", "shards.__main__"])
 def test_a_wrong_command_is_answered_without_loading_ray(module: str) -> None:
     assert "ray" not in loaded_with(module)
 

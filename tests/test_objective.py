@@ -174,6 +174,18 @@ def test_valid_counts_agree_with_counting_pixel_by_pixel() -> None:
             assert counts[b, t] == sum(int(block.sum()) for block in blocks), m.name
 
 
+@pytest.mark.parametrize("weighting", ["uncertainty", "unweighted"])
+def test_errors_of_images_add_up_to_those_of_the_batch_and_are_each_one_s_own(weighting: Weighting) -> None:
+    objective, batch = make_objective(weighting=weighting), make_batch(4)
+    errors_BT = objective.errors_of_images(batch)
+    _, errors_T = objective(batch, objective.valid_counts(batch).sum(0), 1.0)
+    assert torch.allclose(errors_BT.sum(0), errors_T, rtol=1e-5)
+    for i, errors_T in enumerate(errors_BT):
+        alone = {name: values[i : i + 1] for name, values in batch.items()}
+        assert torch.allclose(errors_T, objective(alone, objective.valid_counts(alone).sum(0), 1.0)[1], rtol=1e-4, atol=1e-4)
+    assert not errors_BT.requires_grad
+
+
 def test_forward_never_waits_for_the_device() -> None:
     """A meta device has no values to read back: any step that looked at one would raise."""
     objective, batch = make_objective(), make_batch()

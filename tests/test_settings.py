@@ -78,13 +78,13 @@ def test_the_default_of_a_list_or_mapping_is_not_shared() -> None:
         ("engine.powr=3", "engine.powr=3: there is no key 'engine.powr'; did you mean engine.power?"),
         ("power=3", "power=3: there is no key 'power'; did you mean engine.power?"),
         ("xyzzy=3", "xyzzy=3: there is no key 'xyzzy'; --help lists the keys"),
-        ("engine.power=much", "engine.power=much: engine.power must be of type float; --help tells what it means"),
-        ("engine.cylinders=1.5", "engine.cylinders=1.5: engine.cylinders must be of type int | None; --help"),
-        ("name=null", "name=null: name must be of type str"),
-        ("sail=perhaps", "sail=perhaps: sail must be of type bool"),
-        ("ports=7", "ports=7: ports must be of type list[str]"),
+        ("engine.power=much", "engine.power=much: engine.power must be a number; --help tells what it means"),
+        ("engine.cylinders=1.5", "engine.cylinders=1.5: engine.cylinders must be a whole number or null; --help"),
+        ("name=null", "name=null: name must be text"),
+        ("sail=perhaps", "sail=perhaps: sail must be true or false"),
+        ("ports=7", "ports=7: ports must be a list of text"),
         ("ports=[[Kiel]]", "ports=[['Kiel']]: must be a list of plain values"),
-        ("cargo.fore=5", "cargo.fore=5: cargo must be of type dict[str, list[str]]"),
+        ("cargo.fore=5", "cargo.fore=5: cargo must be lists of text by name"),
         ("engine=5", "engine=5: a section holds keys and values"),
         ("engine.power=0", "engine.power=0.0: must be above 0"),
         ("engine.power=100", "engine.power=100.0: must be below 100"),
@@ -96,7 +96,7 @@ def test_the_default_of_a_list_or_mapping_is_not_shared() -> None:
         ("sail", "'sail' is not of the form key=value; --help lists the keys"),
         ("=true", "'=true' is not of the form key=value"),
         ("the sail=true", "'the sail=true' is not of the form key=value"),
-        ("ports=/data/a: b", "ports=/data/a: b: ports must be of type list[str]"),
+        ("ports=/data/a: b", "ports=/data/a: b: ports must be a list of text"),
         ("ports=[Kiel", "ports=[Kiel: the value cannot be read ("),
         ("name=${nowhere}", "a reference ${...} cannot be resolved: Interpolation key 'nowhere' not found"),
     ],
@@ -121,7 +121,7 @@ def test_a_wrong_file_is_named(tmp_path: Path) -> None:
     unknown = yaml(tmp_path, "engine: {pwer: 3}")
     assert error_of(files=(unknown,)) == f"{unknown}: there is no key 'engine.pwer'; did you mean engine.power?"
     wrong = yaml(tmp_path, "engine: {power: [3]}")
-    assert error_of(files=(wrong,)).startswith(f"{wrong}: engine.power must be of type float")
+    assert error_of(files=(wrong,)).startswith(f"{wrong}: engine.power must be a number")
 
 
 @pytest.mark.parametrize(
@@ -235,9 +235,9 @@ def test_plain_values_are_read_without_omegaconf(argument: str, value: object) -
     [
         ("engine.powr=3", "engine.powr=3: there is no key 'engine.powr'; did you mean engine.power?"),
         ("engine=3", "engine=3: a section holds keys and values"),
-        ("engine.power=much", "engine.power=much: engine.power must be of type float; --help tells what it means; without"),
-        ("sail=perhaps", "sail=perhaps: sail must be of type bool"),
-        ("cargo=x", "cargo=x: cargo must be of type dict[str, list[str]]"),
+        ("engine.power=much", "engine.power=much: engine.power must be a number; --help tells what it means; without"),
+        ("sail=perhaps", "sail=perhaps: sail must be true or false"),
+        ("cargo=x", "cargo=x: cargo must be lists of text by name"),
         ("engine.power=100", "engine.power=100.0: must be below 100"),
         ("engine.fuel=coal", "engine.fuel=coal: must be one of diesel, petrol"),
         ("sail", "'sail' is not of the form key=value; --help lists the keys"),
@@ -261,5 +261,5 @@ def test_load_reads_plain_arguments_where_omegaconf_is_not_installed(monkeypatch
 
 
 def test_an_item_of_the_wrong_type_is_answered_with_the_name_of_its_list() -> None:
-    with pytest.raises(UsageError, match=r"^numbers=\[a\]: numbers must be of type list\[int\]; --help tells what it means$"):
+    with pytest.raises(UsageError, match=r"^numbers=\[a\]: numbers must be a list of whole numbers; --help tells what"):
         settings.load(Plain, [], ["numbers=[a]"])

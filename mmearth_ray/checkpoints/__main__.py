@@ -47,8 +47,9 @@ def _import(places: list[Path], options: ImportOptions) -> int:
 
 
 def _export(places: list[Any], options: ExportOptions) -> int:
-    from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, STATE, open_exported
+    from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, STATE, open_exported, parts_of
     from mmearth_ray.copies import at_hand
+    from mmearth_ray.storage import names
 
     place, out = places
     form = options.format or SUFFIXES.get(out.suffix)
@@ -57,7 +58,8 @@ def _export(places: list[Any], options: ExportOptions) -> int:
     if form not in ("encoder", "model") and (out.is_dir() or not out.parent.is_dir()):
         there = "it is a folder" if out.is_dir() else f"there is no folder {out.parent}"
         raise UsageError(f"OUT={out}: {there}; format={form} writes a file")
-    with at_hand(place, (CHECKPOINT_FILE, STATE)) as source:  # of what is not on this machine, a checkpoint
+    files = [*parts_of(names(place), CHECKPOINT_FILE), STATE]  # of what is not on this machine, a checkpoint
+    with at_hand(place, files) as source:
         exported = open_exported(source)
         if form in ("encoder", "model"):
             out = _folder_to_write(out)

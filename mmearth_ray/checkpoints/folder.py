@@ -11,7 +11,7 @@ a run (`model.safetensors` and `state.json`) holds the same and may stand in its
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
@@ -188,6 +188,11 @@ def files_of(folder: Path, file: str) -> tuple[Path, ...]:
         return tuple(folder / name for name in dict.fromkeys(found["weight_map"].values()))
     except (AttributeError, KeyError, TypeError) as error:
         raise DataError(f"{index} is no index of safetensors files") from error
+
+
+def parts_of(names: Iterable[str], file: str) -> list[str]:
+    """Of the names in a folder, on a store too, those that hold what `file` names; it alone where there is none."""
+    return [name for name in names if name.startswith(file.partition(".")[0])] or [file]
 
 
 def write_exported(folder: Path, description: Description, tensors: Mapping[str, Tensor]) -> Path:

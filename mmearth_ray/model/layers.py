@@ -128,19 +128,21 @@ class PackedLayout:
         padded_BHWD = functional.pad(shown_BDHW.permute(0, 2, 3, 1), (0, 0, halo, halo, halo, halo))
         size = height // rows + 2 * halo
         windows_BRSPPD = padded_BHWD.unfold(1, size, size - 2 * halo).unfold(2, size, size - 2 * halo).movedim(3, 5)
-        row_BV, column_BV = self.visible_BV // columns, self.visible_BV % columns
-        return windows_BRSPPD[self.image_B1, row_BV, column_BV].flatten(0, 1)
+        return windows_BRSPPD[self.image_B1, self.visible_BV // columns, self.visible_BV % columns].flatten(0, 1)
 
     def depthwise(self, x_BVQQD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None) -> Tensor:
         if x_BVQQD.device.type == "cpu":
             key = x_BVQQD.shape[2], weight_D1KK.shape[-1]
             canvas = self._canvases.get(key) or self._canvases.setdefault(key, Canvas(self.visible_BV, self.grid, *key))
             return PackedDepthwise.apply(*as_autocast(x_BVQQD, weight_D1KK, bias_D), canvas)  # type: ignore[return-value]
+        return self.on_maps(x_BVQQD, weight_D1KK, bias_D)
+
+    def on_maps(self, x_BVQQD: Tensor, weight_D1KK: Tensor, bias_D: Tensor | None) -> Tensor:
+        """The depthwise convolution as it is on a GPU."""
         (rows, columns), (batch, _, cells, _, channels) = self.grid, x_BVQQD.shape
         places, total = self._row_places(cells), batch * rows * cells * columns
         map_TK: Tensor = _Spread.apply(x_BVQQD.reshape(-1, cells * channels), places, total)  # type: ignore[assignment]
-        map_BHWD = map_TK.view(batch, rows * cells, columns * cells, channels)
-        map_BHWD = _depthwise(map_BHWD, weight_D1KK, bias_D)
+        map_BHWD = _depthwise(map_TK.view(batch, rows * cells, columns * cells, channels), weight_D1KK, bias_D)
         out_NK: Tensor = _Collect.apply(map_BHWD.reshape(total, -1), places)  # type: ignore[assignment]
         return out_NK.view_as(x_BVQQD)
 
@@ -148,8 +150,7 @@ class PackedLayout:
         """Where each of the `cells` rows of each block lies in a map of (B, R, cells, S) rows: (B V cells,)."""
         if cells not in self._places:
             rows, columns = self.grid
-            row_BV, column_BV = self.visible_BV // columns, self.visible_BV % columns
-            first_BV = (self.image_B1 * rows + row_BV) * cells * columns + column_BV
+            first_BV = (self.image_B1 * rows + self.visible_BV // columns) * cells * columns + self.visible_BV % columns
             steps_Q = torch.arange(cells, device=first_BV.device) * columns
             self._places[cells] = (first_BV[..., None] + steps_Q).flatten()
         return self._places[cells]

@@ -163,10 +163,14 @@ def progress_text(progress: dict[str, Any], steps: int, started: tuple[float, in
     time left."""
     since, first = started
     trained, rate = progress["step"] - first, progress["tiles_per_second"]
-    parts = [f"step {progress['step']:,}/{steps:,}", f"loss {progress['loss']:.4f}"]
+    parts = [f"step {progress['step']:,}/{steps:,}", f"loss {_shown(progress['loss'])}"]
     if "validation" in progress:
-        parts.append(f"held out {progress['validation']['loss']:.4f}")
+        parts.append(f"held out {_shown(progress['validation']['loss'])}")
     parts += [f"{rate:,.{0 if rate >= 10 else 1}f} tiles/s", f"data wait {progress['data_wait']:.0%}"]
     if trained and progress["step"] < steps:
         parts.append(f"{duration((time.monotonic() - since) / trained * (steps - progress['step']))} left")
     return "  ".join(parts)
+
+
+def _shown(loss: float | None) -> str:
+    return "not finite" if loss is None else f"{loss:.4f}"

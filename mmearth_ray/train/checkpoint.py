@@ -10,7 +10,7 @@ is written last and removed first: what has none is no checkpoint.  Workers find
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 from upath import UPath
 
-from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, INDEX, STATE, files_of
+from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, INDEX, STATE, files_of, parts_of
 from mmearth_ray.copies import at_hand, scratch, upload
 from mmearth_ray.errors import DataError
 from mmearth_ray.files import flush
@@ -39,7 +39,10 @@ _NAME = re.compile(r"step-(\d{8})")
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint says beside its tensors.  `description`: what the model is, as in an exported one."""
+    """What a checkpoint says beside its tensors.  `description`: what the model is, as in an exported one.
+
+    `skipped_steps`: those of the steps that were left out, as they were not finite; `skipped_in_a_row`: so many of the last.
+    """
 
     step: int
     position: int
@@ -47,6 +50,8 @@ class State:
     identity: dict[str, str]
     versions: dict[str, str]
     description: dict[str, Any] = field(default_factory=dict)
+    skipped_steps: int = 0
+    skipped_in_a_row: int = 0
 
 
 def directory_of(config: Config) -> Location:
@@ -57,6 +62,11 @@ def directory_of(config: Config) -> Location:
 
 def checkpoint_path(folder: Location, step: int) -> Location:
     return folder / f"step-{step:08d}"
+
+
+def step_of(path: Location) -> int:
+    """The steps that are done, by a checkpoint's name."""
+    return int(path.name[-8:])
 
 
 def committed(folder: Location) -> list[Location]:
@@ -81,27 +91,35 @@ def save(
     keep: int,
     keep_every: int = 0,
     team: Team = ALONE,
+    check: Callable[[], object] = lambda: None,
 ) -> Location:
     """Write and commit a checkpoint, then remove all but the newest `keep` (0: none) and those of every `keep_every` steps.
 
-    All workers of a team call it.  Raises DataError if the disk or the store does not take it; what was committed before stays.
+    All workers of a team call it.  `check` raises DataError where this team may not save: it is asked by the first worker
+    before anything is touched, and again before the commit.  Raises DataError then, and if the disk or the store does not take
+    it; what was committed before stays.
     """
     final = checkpoint_path(folder, state.step)
     tensors_of = {CHECKPOINT_FILE: weights, MOMENTS_FILE: moments}
     if isinstance(final, Path):
-        _save_locally(final, state, tensors_of, team)
+        _save_locally(final, state, tensors_of, team, check)
     else:
-        _put(final, state, tensors_of, team)
+        _put(final, state, tensors_of, team, check)
     if keep and team.rank == 0:
         with suppress(OSError, DataError):
             for old in committed(folder)[:-keep]:
-                if not keep_every or int(old.name[-8:]) % keep_every:
+                if not keep_every or step_of(old) % keep_every:
                     _remove(old)
     return final
 
 
-def _save_locally(final: Path, state: State, tensors_of: Mapping[str, Mapping[str, Tensor]], team: Team) -> None:
+def _save_locally(
+    final: Path, state: State, tensors_of: Mapping[str, Mapping[str, Tensor]], team: Team, check: Callable[[], object]
+) -> None:
     incoming = final.parent / INCOMING / final.name
+    with team.together(final):
+        if team.rank == 0:
+            check()
 
     def put(file: str, tensors: dict[str, Tensor]) -> None:
         save_file(tensors, incoming / file)
@@ -119,6 +137,7 @@ def _save_locally(final: Path, state: State, tensors_of: Mapping[str, Mapping[st
                 for path in _write_texts(incoming, state, tensors_of):
                     flush(path)
                 flush(incoming)
+                check()
                 _remove(final)
                 incoming.replace(final)
                 flush(final.parent)
@@ -128,7 +147,9 @@ def _save_locally(final: Path, state: State, tensors_of: Mapping[str, Mapping[st
         raise
 
 
-def _put(final: UPath, state: State, tensors_of: Mapping[str, Mapping[str, Tensor]], team: Team) -> None:
+def _put(
+    final: UPath, state: State, tensors_of: Mapping[str, Mapping[str, Tensor]], team: Team, check: Callable[[], object]
+) -> None:
     def put(file: str, tensors: dict[str, Tensor]) -> None:
         with scratch() as local:
             save_file(tensors, local / file)
@@ -136,11 +157,13 @@ def _put(final: UPath, state: State, tensors_of: Mapping[str, Mapping[str, Tenso
 
     with team.together(final):
         if team.rank == 0:
+            check()
             _remove(final)
     with team.together(final):
         write_parts(tensors_of, team, put, LIMIT)
     with team.together(final):
         if team.rank == 0:
+            check()
             with scratch() as local:
                 for path in _write_texts(local, state, tensors_of):
                     upload(path, final / path.name)
@@ -181,19 +204,19 @@ def load_state(path: Location) -> State:
 
 
 @contextmanager
-def opened(path: Location) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
-    """The checkpoint's weights and moments, on the CPU, each read when it is asked for.
+def opened(path: Location, *, moments: bool = True) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
+    """The checkpoint's weights and moments, on the CPU, each read when it is asked for; none of these if not wanted.
 
     Raises DataError if they cannot be read.
     """
-    files = [] if isinstance(path, Path) else [name for name in names(path) if name != STATE]
+    wanted = (CHECKPOINT_FILE, MOMENTS_FILE) if moments else (CHECKPOINT_FILE,)
     with ExitStack() as stack:
         try:
-            local = stack.enter_context(at_hand(path, files))
-            found = [Stored(files_of(local, file) or (local / file,), stack) for file in (CHECKPOINT_FILE, MOMENTS_FILE)]
-        except (OSError, SafetensorError) as error:
+            local = stack.enter_context(at_hand(path, [part for file in wanted for part in parts_of(names(path), file)]))
+            found = [Stored(files_of(local, file) or (local / file,), stack) for file in wanted]
+        except (OSError, SafetensorError, Absent) as error:
             raise DataError(_unreadable(path, error)) from error
-        yield found[0], found[1]
+        yield found[0], found[1] if moments else {}
 
 
 def _unreadable(path: Location, reason: BaseException | None) -> str:

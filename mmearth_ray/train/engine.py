@@ -5,7 +5,7 @@ holds; DistributedDataParallel averages, which is undone by scaling the loss wit
 """
 
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from functools import partial
 from typing import Any, Protocol
@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from mmearth_ray.keys import Optimizer
 from mmearth_ray.model.layers import Block
 from mmearth_ray.objective import Objective
+from mmearth_ray.stream.prepare import Batch
 from mmearth_ray.train.compiled import compile_checked
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")  # what AdamW keeps of a parameter
@@ -36,15 +37,22 @@ class Engine(Protocol):
     """Called by `backward` between its forward and its backward pass; whoever measures them sets it."""
 
     def backward(self, batch: dict[str, Tensor], totals: Tensor, share: float, *, last: bool) -> Tensor:
-        """Add a micro-batch's gradients; with the step's last one they are summed over workers.  Returns sums (T,)."""
+        """Add a micro-batch's gradients; with the step's last one they are summed over workers.  Returns sums (T,).
+
+        Where its loss is not finite, no gradient is: so every worker learns of it without asking.
+        """
         ...
 
     def step(self, learning_rate: float) -> Tensor:
-        """Apply the gradients and clear them, unless one is not finite now or was not earlier.
+        """Apply the gradients and clear them, unless their norm is no finite float32.
 
-        Returns whether they were applied, a bool () on the device; the same on every worker, since gradients are sums over
-        workers.
+        Then this step changes nothing, and unless the engine skips such steps no later one does.  Returns whether they were
+        applied, a bool () on the device; the same on every worker, since gradients are sums over workers.
         """
+        ...
+
+    def errors(self, batch: dict[str, Tensor]) -> Tensor:
+        """Sums of errors of every image by itself (B, T), of this worker's batch alone."""
         ...
 
     def evaluate(self, batch: dict[str, Tensor], totals: Tensor) -> Tensor:
@@ -118,6 +126,12 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
+def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
+    """The batch's numeric arrays as tensors, in their native types."""
+    arrays = {name: array for name, array in batch.items() if array.dtype.kind in "buif"}
+    return {name: send(torch.from_numpy(array), device) for name, array in arrays.items()}
+
+
 def ddp(module: nn.Module, **options: Any) -> DistributedDataParallel:
     """The module, its gradients averaged over all processes.  Buffers stay what each process made them."""
     named = inspect.signature(DistributedDataParallel.__init__).parameters
@@ -132,7 +146,7 @@ def unmeasured() -> None:
 class DDPEngine:
     """Every worker holds the whole model; gradients are all-reduced while the backward pass runs.
 
-    `clip`: the largest norm of all gradients together; 0: any.
+    `clip`: the largest norm of all gradients together; 0: any.  `skips`: a step that is not finite stops no later one.
 
     Of a model for several image sizes, a step trains what its own size passes.  Parameters of the other sizes are left alone:
     weights, moments and the count of steps that corrects them stay as they are, without decay.  So a parameter's history is
@@ -147,9 +161,10 @@ class DDPEngine:
         precision: str = "fp32",
         compiled: bool = False,
         clip: float = 0.0,
+        skips: bool = False,
     ) -> None:
         self.module = module.to(device)
-        self.clip = clip
+        self.clip, self.skips = clip, skips
         self.device = device
         self.precision = precision
         self.to_compile = compiled
@@ -177,7 +192,7 @@ class DDPEngine:
             with self.autocast():
                 loss, sums = self.forward(batch, totals, share)
             self.forwarded()
-            (loss * self.workers).backward()
+            (loss * spread(self.workers, loss)).backward()
         for parameter in self.module.model.idle(patch_size) if last else ():
             parameter.grad = None  # zero everywhere, on all workers; AdamW passes over parameters without one
         return sums
@@ -186,6 +201,10 @@ class DDPEngine:
     def evaluate(self, batch: dict[str, Tensor], totals: Tensor) -> Tensor:
         with self.autocast():
             return self.module.forward(batch, totals, 1.0)[1]  # not compiled: batches of any size come by
+
+    def errors(self, batch: dict[str, Tensor]) -> Tensor:
+        with self.autocast():
+            return self.module.errors_of_images(batch)
 
     def reconstruct(self, batch: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         return self.module.reconstruct(batch)
@@ -196,10 +215,11 @@ class DDPEngine:
 
     def step(self, learning_rate: float) -> Tensor:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        largest = torch.nn.utils.get_total_norm(gradients, norm_type=torch.inf)  # unlike the 2-norm, this cannot overflow
-        self.healthy = self.healthy & largest.isfinite()
+        norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)  # pyright: ignore[reportPrivateImportUsage]
+        norm = norm_of(norms)
+        self.healthy = norm.isfinite() if self.skips else self.healthy & norm.isfinite()
         if self.clip:
-            torch.nn.utils.clip_grad_norm_(self.module.parameters(), self.clip)
+            torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.clip, norm)
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
         # The fused kernel's own switch, which GradScaler uses as well: nothing waits for the device.
@@ -227,6 +247,16 @@ class DDPEngine:
             if kinds:
                 state = {kind: moments[f"{kind}/{name}"].to(self.device, copy=True) for kind in kinds}
                 self.optimizer.state[parameter] = state
+
+
+def spread(factor: int, loss: Tensor) -> Tensor:
+    """The factor, or NaN where the loss is not finite: times it, the loss has no finite gradient then."""
+    return factor + 0 * loss.detach()
+
+
+def norm_of(norms: Sequence[Tensor]) -> Tensor:
+    """The norm of gradients, float32 (), from the float64 norms of their parts, whose squares do not overflow."""
+    return torch.linalg.vector_norm(torch.stack(list(norms))).float()
 
 
 def all_sum(values: Tensor, device: torch.device) -> Tensor:

@@ -22,7 +22,7 @@ def build_engine(module: Objective, config: Config, device: torch.device, worker
 
 def _ddp(module: Objective, config: Config, device: torch.device, workers: int) -> Engine:
     train = config.train
-    return DDPEngine(module, config.optimizer, device, train.precision, train.compile, train.clip)
+    return DDPEngine(module, config.optimizer, device, train.precision, train.compile, train.clip, skips(config))
 
 
 def _zero(stage: int, module: Objective, config: Config, device: torch.device, workers: int) -> Engine:
@@ -31,7 +31,13 @@ def _zero(stage: int, module: Objective, config: Config, device: torch.device, w
     return ZeroEngine(
         module, config.optimizer, device, train.precision,
         stage=stage, micro_batches=micro_batches, clip=train.clip, offload=train.offload,
+        skips=skips(config),
     )  # fmt: skip
+
+
+def skips(config: Config) -> bool:
+    """Whether a step that is not finite is left out rather than the end."""
+    return config.train.nonfinite == "skip"
 
 
 ENGINES: dict[str, Callable[[Objective, Config, torch.device, int], Engine]] = {

@@ -1,7 +1,6 @@
 """Line files of a run (metrics, ledger): one JSON object a step, cut back to the restored step on resume."""
 
 import json
-import math
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -44,7 +43,7 @@ def cut_back(run: Path, step: int) -> None:
             continue
         temporary = path.with_name(f".{path.name}.tmp")
         with path.open(encoding="utf-8") as old, temporary.open("w", encoding="utf-8") as new:
-            new.writelines(line for line in old if _step_of(line) <= step)
+            new.writelines(line for line in old if (entry := _entry(line)) and entry["step"] <= step)
         temporary.replace(path)
 
 
@@ -52,20 +51,13 @@ def lines(path: Path, first: int, last: int) -> Iterator[dict[str, Any]]:
     """What a file holds of the steps from `first` to `last`, in order; nothing where there is no file."""
     if path.exists() and first <= last:
         with path.open(encoding="utf-8") as file:
-            yield from (json.loads(line) for line in file if first <= _step_of(line) <= last)
+            yield from (entry for line in file if (entry := _entry(line)) and first <= entry["step"] <= last)
 
 
-def last_step(path: Path) -> int:
-    """The last step that a file holds a whole line of; 0 where there is none."""
-    if not path.exists():
-        return 0
-    with path.open(encoding="utf-8") as file:
-        return int(max((step for line in file if (step := _step_of(line)) < math.inf), default=0))
-
-
-def _step_of(line: str) -> float:
-    """The step of a line; infinite for one that a kill left unfinished."""
+def _entry(line: str) -> dict[str, Any] | None:
+    """What a line holds; None for one that a kill left unfinished."""
     try:
-        return json.loads(line)["step"] if line.endswith("\n") else math.inf
-    except (ValueError, KeyError, TypeError):
-        return math.inf
+        found = json.loads(line) if line.endswith("\n") else None
+    except ValueError:
+        return None
+    return found if isinstance(found, dict) and isinstance(found.get("step"), int) else None

@@ -12,6 +12,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from contextlib import suppress
 from typing import Any, cast
 
 import ray
@@ -35,6 +36,7 @@ from mmearth_ray.train import checkpoint
 from mmearth_ray.train.allocator import KEEP_FREED_MEMORY
 from mmearth_ray.train.board import BoardLine, Silent, Stop, Watch, new_board
 from mmearth_ray.train.loop import Worker, run
+from mmearth_ray.train.ownership import take_over
 from mmearth_ray.train.room import Room, ask_for, cluster_now, draining, fitting, uses_gpus, wait_for_room
 
 OWN_DATA_CPUS = 2
@@ -73,10 +75,13 @@ def launch(experiment: Experiment) -> bool:
     """
     config = experiment.config
     gpus, failures = uses_gpus(config), Failures(experiment)
+    _hold_statistics_here()
     try:
         with Stop() as stop:
             workers, again = 0, True
-            while again and (room := wait_for_room(config, gpus, lambda: stop.asked, ask_for)):
+            while again and (room := wait_for_room(config, gpus, lambda: stop.asked, ask_for, again=bool(workers))):
+                if workers:
+                    experiment = take_over(experiment)
                 if workers and room.workers != workers:
                     print(f"going on with {counted(room.workers, 'worker')} instead of {workers}", file=sys.stderr, flush=True)
                 workers = room.workers
@@ -89,10 +94,21 @@ def launch(experiment: Experiment) -> bool:
         ask_for(0, gpus)
 
 
+def _hold_statistics_here() -> None:
+    """Start Ray Data's statistics actor on this machine, not on that of the worker that reads first.
+
+    It outlives the run, and a machine that has it is never idle: a cluster would not take that one away again.
+    """
+    with suppress(ImportError):  # Ray's own function, but no public one: another version may lack it
+        from ray.data._internal.stats import get_or_create_stats_actor
+
+        get_or_create_stats_actor()
+
+
 def _reached(experiment: Experiment) -> int:
     """The step of the newest checkpoint; 0 without one."""
     newest = checkpoint.newest(checkpoint.directory_of(experiment.config))
-    return checkpoint.load_state(newest).step if newest else 0
+    return checkpoint.step_of(newest) if newest else 0
 
 
 def _run_group(experiment: Experiment, room: Room, gpus: bool, stop: Stop) -> bool:

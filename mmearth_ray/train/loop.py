@@ -12,10 +12,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from mmearth_ray.config import learning_rate_of, micro_batch_of
 from mmearth_ray.errors import DataError
@@ -26,10 +24,11 @@ from mmearth_ray.stream.prepare import Batch
 from mmearth_ray.stream.source import Source
 from mmearth_ray.train import checkpoint
 from mmearth_ray.train.clock import Clock
-from mmearth_ray.train.engine import Engine, first_said, send
+from mmearth_ray.train.engine import Engine, first_said, send, to_device
 from mmearth_ray.train.engines import build_engine
 from mmearth_ray.train.initial import load_initial
 from mmearth_ray.train.journal import Journal, cut_back, ledger_path
+from mmearth_ray.train.nonfinite import Guard
 from mmearth_ray.train.outputs import description_of, draw_reconstructions, export_model
 from mmearth_ray.train.ownership import require_claim
 from mmearth_ray.train.parts import Team, fill
@@ -69,11 +68,12 @@ OpenStream = Callable[[Source, MicroBatches], Iterator[Batch]]
 def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control: Control) -> None:
     """Train from the newest checkpoint (or the beginning) to the last step of this call, and write every output.
 
-    Raises DataError if the data are damaged, the disk is full or the loss is no longer finite.
+    Raises DataError if the data are damaged, the disk is full or a loss is not finite (see `train.nonfinite`).
     """
     torch.set_num_threads(worker.threads)
     config = experiment.config
-    engine, done = _begin(experiment, worker)
+    engine, state = _begin(experiment, worker)
+    done = state.step
     if engine.all_sum(torch.tensor([done])).item() != done * worker.workers:
         raise RuntimeError(f"workers found different newest checkpoints in {experiment.run} (this one step {done})")
     _take_back(experiment, worker, done)
@@ -81,6 +81,7 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
         done + 1, experiment.last_step, global_batch=config.train.global_batch,
         workers=worker.workers, rank=worker.rank, micro_batch=micro_batch_of(config, worker.workers),
     )  # fmt: skip
+    guard = Guard(experiment, engine, ranges, state.skipped_steps, state.skipped_in_a_row)
     with ExitStack() as files:
         metrics = files.enter_context(Metrics(experiment, done)) if worker.rank == 0 else None
         ledger = files.enter_context(Journal(ledger_path(experiment.run, worker.rank))) if config.train.ledger else None
@@ -99,7 +100,7 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
                 continue
             sums, stop, memory = fetch(window.found, engine, control.should_stop() if worker.rank == 0 else False)
             entries = window.entries(experiment, sums, memory, use)
-            _require_finite(experiment, sums, entries, metrics)
+            _judge(guard, sums, entries, metrics)
             if experiment.held_out and (step % config.validate.every == 0 or step == experiment.steps):
                 clock.enter("validation")
                 entries[-1]["validation"] = validate(experiment, engine, worker, experiment.held_out)
@@ -111,7 +112,7 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
             last = stop or step == experiment.last_step
             if last or step % config.checkpoint.every == 0:
                 clock.enter("checkpoint")
-                _save(experiment, engine, worker, step, [f for f in (metrics, ledger) if f])
+                _save(experiment, guard, worker, step, [f for f in (metrics, ledger) if f])
                 saved = step
             if config.figure.every and step % config.figure.every == 0 and not last:
                 clock.enter("figure")
@@ -122,9 +123,7 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
             window = Window(clock)
         _draw(experiment, engine, worker, saved, metrics)
     if worker.rank == 0:
-        with checkpoint.opened(checkpoint.checkpoint_path(checkpoint.directory_of(config), saved)) as (weights, _):
-            export_model(experiment, weights, saved)
-    _barrier()
+        _export(experiment, saved)
 
 
 FETCH_EVERY = {"cpu": 1, "cuda": 10}  # a GPU that waits for the host after every step stands still in the meantime
@@ -142,7 +141,7 @@ def _step(engine: Engine, batches: list[Batch], worker: Worker, rate: float, clo
     """One optimizer step over this worker's micro-batches; what it found stays on the device.
 
     Errors are divided by the valid elements of the global batch or, as published, by the micro-batch's own (`local`).
-    A gradient that is not finite leaves the weights as they are, at this step and at all later ones.
+    A gradient that is not finite leaves the weights as they are.
     """
     clock.enter("rest")
     mine = [send(torch.from_numpy(batch["count"].sum(0)), engine.device) for batch in batches]
@@ -164,21 +163,13 @@ def _step(engine: Engine, batches: list[Batch], worker: Worker, rate: float, clo
     return Found(errors, totals, weighed_with, applied, tiles, faults)
 
 
-def _require_finite(experiment: Experiment, sums: list[Sums], entries: list[dict[str, Any]], metrics: Metrics | None) -> None:
-    """Raise DataError at the first step whose loss or gradient was not finite; the lines of those before it are written."""
-    for number, s in enumerate(sums):
-        if not s.applied or not np.isfinite(s.loss):
-            for entry in entries[:number] if metrics else ():
-                metrics.write(entry)  # pyright: ignore[reportOptionalMemberAccess]
-            raise DataError(_not_finite(experiment, entries[number]["step"], s))
-
-
-def _not_finite(experiment: Experiment, step: int, sums: Sums) -> str:
-    names = [m.name for m, e in zip(experiment.spec.targets, sums.errors.tolist(), strict=True) if not np.isfinite(e)]
-    return (
-        f"the loss of step {step} is not finite ({', '.join(names) or 'its gradient'}); nothing was saved after the last "
-        "checkpoint; use a lower optimizer.base_lr in a new run, or check the data with `shards verify`"
-    )
+def _judge(guard: Guard, sums: list[Sums], entries: list[dict[str, Any]], metrics: Metrics | None) -> None:
+    """Raise DataError where a step that is not finite ends the run; the lines of those before it are written."""
+    lines, refused = guard.judge(sums, entries)
+    if refused:
+        for line in lines if metrics else ():
+            metrics.write(line)  # pyright: ignore[reportOptionalMemberAccess]
+        raise DataError(refused)
 
 
 def validate(experiment: Experiment, engine: Engine, worker: Worker, held_out: Source) -> dict[str, Any]:
@@ -209,12 +200,6 @@ def validate(experiment: Experiment, engine: Engine, worker: Worker, held_out: S
     return {**sums.report(experiment.spec), "storage_faults": sums.faults}
 
 
-def to_device(batch: Batch, device: torch.device) -> dict[str, Tensor]:
-    """The batch's numeric arrays as tensors, in their native types."""
-    arrays = {name: array for name, array in batch.items() if array.dtype.kind in "buif"}
-    return {name: send(torch.from_numpy(array), device) for name, array in arrays.items()}
-
-
 def _utilisation(experiment: Experiment, worker: Worker) -> Utilisation:
     """Of all workers' devices, by what rank 0, which writes it down, knows of its own."""
     log, precision = experiment.config.log, experiment.config.train.precision
@@ -231,8 +216,8 @@ def _learning_rate(experiment: Experiment, step: int) -> float:
     )  # fmt: skip
 
 
-def _begin(experiment: Experiment, worker: Worker) -> tuple[Engine, int]:
-    """The engine around the newest checkpoint, or around the weights to start from, and the steps that are done."""
+def _begin(experiment: Experiment, worker: Worker) -> tuple[Engine, checkpoint.State]:
+    """The engine around the newest checkpoint, or around the weights to start from, and what is done."""
     require_claim(experiment)
     config = experiment.config
     found = checkpoint.newest(checkpoint.directory_of(config))
@@ -240,12 +225,12 @@ def _begin(experiment: Experiment, worker: Worker) -> tuple[Engine, int]:
     if not found:
         if config.model.init:
             load_initial(module, Path(config.model.init))
-        return build_engine(module, config, worker.device, worker.workers), 0
+        return build_engine(module, config, worker.device, worker.workers), checkpoint.State(0, 0, {}, {}, {})
     with checkpoint.opened(found) as (weights, moments):
         fill(module, weights)
         engine = build_engine(module, config, worker.device, worker.workers)
         engine.restore(moments)
-    return engine, checkpoint.load_state(found).step
+    return engine, checkpoint.load_state(found)
 
 
 def _take_back(experiment: Experiment, worker: Worker, done: int) -> None:
@@ -257,21 +242,20 @@ def _take_back(experiment: Experiment, worker: Worker, done: int) -> None:
     _barrier()
 
 
-def _save(experiment: Experiment, engine: Engine, worker: Worker, step: int, journals: Sequence[Metrics | Journal]) -> None:
+def _save(experiment: Experiment, guard: Guard, worker: Worker, step: int, journals: Sequence[Metrics | Journal]) -> None:
     """Make the journals safe on every worker, then write a checkpoint together."""
     for journal in journals:
         journal.flush()
-    folder, kept = checkpoint.directory_of(experiment.config), experiment.config.checkpoint
+    folder, kept, engine = checkpoint.directory_of(experiment.config), experiment.config.checkpoint, guard.engine
     team = Team(worker.rank, worker.workers, partial(first_said, engine, worker.rank, worker.workers))
-    with team.together(folder):
-        if worker.rank == 0:
-            require_claim(experiment)
     state = checkpoint.State(
         step=step, position=step * experiment.config.train.global_batch,
         settings=fixed_settings(experiment.config), identity=experiment.identity, versions=versions(),
         description=description_of(experiment, step).to_json(),
+        skipped_steps=guard.skipped, skipped_in_a_row=guard.in_a_row,
     )  # fmt: skip
-    checkpoint.save(folder, state, engine.weights(), engine.moments(), kept.keep, kept.keep_every, team)
+    mine = partial(require_claim, experiment)
+    checkpoint.save(folder, state, engine.weights(), engine.moments(), kept.keep, kept.keep_every, team, mine)
 
 
 def _draw(experiment: Experiment, engine: Engine, worker: Worker, step: int, metrics: Metrics | None) -> None:
@@ -284,6 +268,14 @@ def _draw(experiment: Experiment, engine: Engine, worker: Worker, step: int, met
     shown = engine.reconstruct(to_device(batch, engine.device))
     if metrics:
         metrics.figure(draw_reconstructions(experiment, batch, shown, step), step)
+
+
+def _export(experiment: Experiment, step: int) -> None:
+    """Export the model of a checkpoint.  Rank 0 alone does, and nobody waits for it: a store may take longer than a collective
+    operation is given."""
+    last = checkpoint.checkpoint_path(checkpoint.directory_of(experiment.config), step)
+    with checkpoint.opened(last, moments=False) as (weights, _):
+        export_model(experiment, weights, step)
 
 
 def _barrier() -> None:

@@ -1,16 +1,16 @@
 """Who keeps checkpoints in a folder: one run, and of its commands the latest.
 
 `owner.json` beside the checkpoints names the run by its id (`run.id`, or one that was drawn once and is remembered in the run
-directory) and the command that writes them.  Another run is turned away before anything starts.  A command looks again
-before it restores or saves, so that of two that began at the same moment, or of one that lives on unseen on a machine that was
-given up, only the one that came last goes on.
+directory), the command that writes them, and which of its groups of workers does.  Another run is turned away before anything
+starts.  Workers look again before they restore, before they save and before they commit, so that of two commands that began at
+the same moment, or of a group that lives on unseen on machines that were given up, only what came last goes on.
 """
 
 import json
 import secrets
 import socket
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from mmearth_ray.errors import DataError, UsageError
@@ -28,13 +28,22 @@ RUN = "run.json"
 
 @dataclass(frozen=True)
 class Owner:
-    """Whose a folder of checkpoints is.  `command` is drawn anew by each command; directory, host and time are for people."""
+    """Whose a folder of checkpoints is.
+
+    `command` is drawn anew by each command, `group` counts its groups of workers; directory, host and time are for people.
+    """
 
     run: str
     command: str
     directory: str
     host: str
     since: str
+    group: int = 0
+
+    @property
+    def claim(self) -> str:
+        """What the group is known by."""
+        return f"{self.command}/{self.group}"
 
 
 def run_id(config: Config) -> str:
@@ -64,7 +73,7 @@ def check_owner(folder: Location, run: str) -> None:
 
 
 def claim(folder: Location, run: str, directory: str) -> str:
-    """Write down that this command keeps the run's checkpoints there; returns what it is known by.
+    """Write down that this command's first group keeps the run's checkpoints there; returns what the group is known by.
 
     Raises UsageError if the folder is another run's, DataError if it cannot be written.
     """
@@ -76,23 +85,46 @@ def claim(folder: Location, run: str, directory: str) -> str:
             folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise DataError(write_failure(folder, error)) from error
-    atomic_text(folder / OWNER, json.dumps(asdict(owner), indent=1) + "\n")
-    return owner.command
+    _write(folder, owner)
+    return owner.claim
 
 
-def require_claim(experiment: Experiment) -> None:
-    """Raise DataError if another command has claimed the checkpoints' folder since this one did, or the claim is gone."""
+def take_over(experiment: Experiment) -> Experiment:
+    """The experiment for the command's next group of workers, which alone may save from now on.  Raises as `require_claim`."""
+    owner = require_claim(experiment)
+    if owner is None:
+        return experiment
+    following = replace(owner, group=owner.group + 1)
+    _write(directory_of(experiment.config), following)
+    return replace(experiment, claim=following.claim)
+
+
+def require_claim(experiment: Experiment) -> Owner | None:
+    """The owner of the checkpoints' folder, which is this group of workers; None where nobody looks (see `Experiment`).
+
+    Raises DataError if another command, or a later group of this one, has claimed the folder since, or the claim is gone.
+    """
     if not experiment.claim:
-        return
+        return None
     folder = directory_of(experiment.config)
     owner = _owner(folder)
     if owner is None:
         raise DataError(f"{folder / OWNER} was removed while this run trained; run the command again")
-    if owner.command != experiment.claim:
+    if owner.command == experiment.claim.partition("/")[0] and owner.claim != experiment.claim:
+        raise DataError(
+            f"{folder} was taken over by a later group of this run's workers while these were out of reach; these save nothing "
+            "more there"
+        )
+    if owner.claim != experiment.claim:
         raise DataError(
             f"{folder} was claimed by another command while this one trained (run {owner.run}, {owner.directory} on "
             f"{owner.host}, {owner.since}); this one saves nothing more there; give each run a checkpoint.directory of its own"
         )
+    return owner
+
+
+def _write(folder: Location, owner: Owner) -> None:
+    atomic_text(folder / OWNER, json.dumps(asdict(owner), indent=1) + "\n")
 
 
 def _owner(folder: Location) -> Owner | None:

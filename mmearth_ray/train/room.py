@@ -28,6 +28,9 @@ STORE_SHARE = 0.5
 SETTLE_SECONDS = 10.0
 """How long a cluster with room for some of the workers is given to offer room for more of them."""
 
+RELEASE_SECONDS = 30.0
+"""How long Ray may take, after a group of workers has ended, to show as free what its processes held, and as gone what is."""
+
 POLL_SECONDS = 0.5
 
 
@@ -120,13 +123,16 @@ def wait_for_room(
     gpus: bool,
     stopped: Callable[[], bool] = lambda: False,
     ask: Callable[[int, bool], None] = lambda workers, gpus: None,
+    again: bool = False,
 ) -> Room | None:
     """Room for as many workers as the run may have; for fewer if it does not come soon; None once `stopped()`.
 
     `ask(workers, gpus)` is called now and then, for a cluster that adds machines on demand.  Raises UsageError if there
-    is none for the fewest within `train.wait` seconds.
+    is none for the fewest within `train.wait` seconds; where the run has just given up a room, `again`, within RELEASE_SECONDS
+    at least.
     """
     begin = since = time.monotonic()
+    wait = max(config.train.wait, RELEASE_SECONDS) if again else config.train.wait
     seen, told, most = -1, False, most_workers(config)
     while not stopped():
         ask(most, gpus)
@@ -134,15 +140,13 @@ def wait_for_room(
         count, now = fitting(config, cluster, gpus, cluster.taken), time.monotonic()
         if count != seen:
             seen, since = count, now
-        if count == most or (count and now - since >= min(SETTLE_SECONDS, config.train.wait)):
+        if count == most or (count and now - since >= min(SETTLE_SECONDS, wait)):
             return room_of(cluster, count)
-        if not count and now - begin >= config.train.wait:
+        if not count and now - begin >= wait:
             raise UsageError(lacking(config, cluster, gpus))
         if not count and not told and now - begin > 2:
             told = True
-            print(
-                f"waiting up to {config.train.wait:g} s for room: {lacking(config, cluster, gpus)}", file=sys.stderr, flush=True
-            )
+            print(f"waiting up to {wait:g} s for room: {lacking(config, cluster, gpus)}", file=sys.stderr, flush=True)
         time.sleep(POLL_SECONDS)
     return None
 

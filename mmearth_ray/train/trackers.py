@@ -1,19 +1,22 @@
 """Where rank 0 writes what happened: metrics.jsonl, and from the same lines Weights & Biases and TensorBoard, if asked for.
 
 The file is the truth, and training waits for it.  A tracker runs in a thread of its own: training never waits for one, and one
-that fails says so once and is left out for the rest of this start.  What a tracker lacks when a run is resumed is fed to it
-from the file, up to the restored step; what it has already it does not get again.
+that fails says so once and is left out for the rest of this start.  The last step that each tracker took is in a file of its
+own: what it lacks when a run is resumed, for whatever reason, is fed to it from the metrics, up to the restored step; what it
+has already it does not get again.
 """
 
 import json
 import os
 import queue
+import re
 import struct
 import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Protocol
@@ -21,10 +24,12 @@ from typing import Any, Protocol
 from mmearth_ray import settings
 from mmearth_ray.experiment import Experiment
 from mmearth_ray.files import atomic_text
-from mmearth_ray.train.journal import METRICS, Journal, last_step, lines
+from mmearth_ray.train.journal import METRICS, Journal, lines
 
 TENSORBOARD = "tensorboard"
 WANDB_STATE = "wandb.json"
+SENT = "trackers"
+"""Folder in the run directory with a file for each tracker: the last step that it took."""
 
 WAITING = 10_000
 """Lines that wait for a tracker, at most: some 20 MB, or minutes of a step that takes milliseconds."""
@@ -58,13 +63,13 @@ class Metrics:
 
     def __init__(self, experiment: Experiment, done: int) -> None:
         self.journal = Journal(experiment.run / METRICS)
-        self.feeds = [Feed(name, start, experiment.run / METRICS, done) for name, start in asked_for(experiment, done)]
+        self.feeds = [Feed(name, start, experiment.run, done) for name, start in asked_for(experiment, done)]
 
     def write(self, entry: dict[str, Any]) -> None:
         """One line.  Raises OSError if the file cannot take it; no tracker's error comes through."""
         self.journal.write(entry)
         for feed in self.feeds:
-            feed.put(lambda tracker: log(tracker, entry))
+            feed.put(partial(feed.log, entry))
 
     def figure(self, path: Path, step: int) -> None:
         """A figure that was drawn after the last line."""
@@ -86,11 +91,33 @@ class Metrics:
         self.journal.__exit__(kind, error, trace)
 
 
+class Sent:
+    """The last step that a tracker took, 0 before any: written in place, so that it is right however the process ends."""
+
+    def __init__(self, run: Path, name: str) -> None:
+        self.path = run / SENT / re.sub(r"\W+", "-", name.lower())
+
+    def read(self) -> int:
+        try:
+            return int(self.path.read_text())
+        except (FileNotFoundError, ValueError):
+            return 0
+
+    def write(self, step: int) -> None:
+        self.path.parent.mkdir(exist_ok=True)
+        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        try:
+            os.pwrite(handle, b"%012d\n" % step, 0)
+        finally:
+            os.close(handle)
+
+
 class Feed:
     """Hands lines to a tracker in a thread of its own, and stops where it fails or does not keep up."""
 
-    def __init__(self, name: str, start: Callable[[], Tracker], metrics: Path, done: int) -> None:
-        self.name, self.start, self.metrics, self.done = name, start, metrics, done
+    def __init__(self, name: str, start: Callable[[], Tracker], run: Path, done: int) -> None:
+        self.name, self.start, self.metrics, self.done = name, start, run / METRICS, done
+        self.sent = Sent(run, name)
         self.waiting: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(WAITING)
         self.broken = self.failed = False
         self.thread = threading.Thread(target=self._run, name=f"feed {name}", daemon=True)
@@ -119,13 +146,20 @@ class Feed:
     def _run(self) -> None:
         try:
             tracker = self.start()
+            self.sent.write(tracker.first - 1)
             for entry in lines(self.metrics, tracker.first, self.done):
-                log(tracker, entry)
+                self.log(entry, tracker)
             while not self.broken and (item := self.waiting.get()) is not None:
                 item(tracker)
             tracker.close(self.failed)
         except Exception as error:  # whatever a tracker's library raises: training goes on without it
             self._give_up(" ".join(str(error).split())[:200] or type(error).__name__)
+
+    def log(self, entry: dict[str, Any], tracker: Tracker) -> None:
+        """Give the tracker the numbers of a line, unless it has them."""
+        if entry["step"] >= tracker.first:
+            tracker.log(entry["step"], dict(numbers(entry)))
+            self.sent.write(entry["step"])
 
     def _give_up(self, why: str) -> None:
         if not self.broken:
@@ -134,18 +168,12 @@ class Feed:
                   f"{self.metrics} holds everything", file=sys.stderr, flush=True)  # fmt: skip
 
 
-def log(tracker: Tracker, entry: dict[str, Any]) -> None:
-    """Give a tracker the numbers of a line, unless it has them."""
-    if entry["step"] >= tracker.first:
-        tracker.log(entry["step"], dict(numbers(entry)))
-
-
 def numbers(entry: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
-    """The numbers of a line by name, those of inner objects as OUTER/INNER; what is null has none."""
+    """The numbers of a line by name, those of inner objects as OUTER/INNER; what is null, a list or text has none."""
     for name, value in entry.items():
         if isinstance(value, dict):
             yield from numbers(value, f"{prefix}{name}/")
-        elif value is not None and prefix + name != "step":
+        elif isinstance(value, int | float) and prefix + name != "step":
             yield prefix + name, value
 
 
@@ -153,35 +181,30 @@ def asked_for(experiment: Experiment, done: int) -> list[tuple[str, Callable[[],
     """The trackers that the settings ask for: their names, and what starts them."""
     found: list[tuple[str, Callable[[], Tracker]]] = []
     if experiment.config.log.wandb != "disabled":
-        found.append(("Weights & Biases", lambda: WandB(experiment)))
+        wandb = "Weights & Biases"
+        found.append((wandb, lambda: WandB(experiment, Sent(experiment.run, wandb).read())))
     if experiment.config.log.tensorboard:
-        found.append(("TensorBoard", lambda: TensorBoard(experiment, done)))
+        board = "TensorBoard"
+        found.append((board, lambda: TensorBoard(experiment, min(done, Sent(experiment.run, board).read()))))
     return found
 
 
 def remember_run(experiment: Experiment) -> None:
-    """Note in the run directory the run's id on Weights & Biases and the last step it was sent.
-
-    To be called before lines are cut back: what was sent before is not sent again, for it ignores steps that go back.
-    """
-    if experiment.config.log.wandb == "disabled":
-        return
+    """Note in the run directory the run's id on Weights & Biases, once."""
     path = experiment.run / WANDB_STATE
-    state = {"id": uuid.uuid4().hex[:12], "sent": 0}
-    if path.exists():
-        state = json.loads(path.read_text(encoding="utf-8"))
-        state["sent"] = max(state["sent"], last_step(experiment.run / METRICS))
-    atomic_text(path, json.dumps(state) + "\n")
+    if experiment.config.log.wandb != "disabled" and not path.exists():
+        atomic_text(path, json.dumps({"id": uuid.uuid4().hex[:12]}) + "\n")
 
 
 class WandB:
     """A run on Weights & Biases, the same one for all starts.
 
     Online the service knows which steps it has; offline each start leaves a folder of its own below `wandb/`, which
-    `wandb sync` sends in their order, and what was sent is what `remember_run` noted.
+    `wandb sync` sends in their order.  What was sent before, up to the step `sent`, is not sent again though the run went back:
+    it ignores steps that do.
     """
 
-    def __init__(self, experiment: Experiment) -> None:
+    def __init__(self, experiment: Experiment, sent: int) -> None:
         os.environ |= {"WANDB_ERROR_REPORTING": "false", "WANDB_SILENT": "true"} | os.environ  # no reports to its makers
         import wandb
 
@@ -194,7 +217,7 @@ class WandB:
             config=asdict(experiment.config), allow_val_change=True, dir=experiment.run,
             settings=wandb.Settings(console="off", init_timeout=INIT_SECONDS),
         )  # fmt: skip
-        self.first = max(1, self.run.step) if online else state["sent"] + 1
+        self.first = max(1, self.run.step) if online else sent + 1
 
     def log(self, step: int, values: dict[str, float]) -> None:
         self.run.log(values, step=step)
@@ -207,16 +230,16 @@ class WandB:
 
 
 class TensorBoard:
-    """Event files for TensorBoard, one for each start; what an earlier one holds after the restored step is taken back."""
+    """Event files for TensorBoard, one for each start; what an earlier one holds after the step `held` is taken back."""
 
-    def __init__(self, experiment: Experiment, done: int) -> None:
+    def __init__(self, experiment: Experiment, held: int) -> None:
         from tensorboard.compat.proto.summary_pb2 import Summary  # pyright: ignore[reportAttributeAccessIssue]
         from torch.utils.tensorboard import SummaryWriter
 
         folder = experiment.run / TENSORBOARD
         resumed = any(folder.glob("events.*"))
         self.summary = Summary
-        self.first = done + 1 if resumed else 1
+        self.first = held + 1
         self.writer = SummaryWriter(str(folder), purge_step=self.first if resumed else None)
         self.writer.add_text("config", "\n".join("    " + line for line in settings.to_yaml(experiment.config).splitlines()))
 

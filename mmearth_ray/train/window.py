@@ -34,16 +34,20 @@ class Sums:
     faults: int = 0
 
     def report(self, spec: SampleSpec) -> dict[str, Any]:
-        """Losses (null where nothing was valid), coverage and the weighted loss, as they are logged of such samples."""
+        """Losses (null where nothing was valid, or they are not finite), coverage and the weighted loss, as they are logged."""
         possible = elements(spec) * self.tiles
         names = [m.name for m in spec.targets]
         found = zip(names, self.errors.tolist(), self.counts.tolist(), possible.tolist(), strict=True)
         rows = [(name, error / count if count else None, count / most) for name, error, count, most in found]
         return {
-            "loss": self.loss,
-            "losses": {name: loss for name, loss, _ in rows},
+            "loss": _finite(self.loss),
+            "losses": {name: _finite(loss) for name, loss, _ in rows},
             "coverage": {name: coverage for name, _, coverage in rows},
         }
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and np.isfinite(value) else None
 
 
 class Found(NamedTuple):
@@ -123,16 +127,20 @@ def fetch(steps: list[Found], engine: Engine, stop: bool = False) -> Fetched:
     weigh = engine.module.weigh
     with torch.no_grad():
         losses_N = torch.stack(
-            [weigh(e.float(), s.counts, 1.0, s.log_variances) for e, s in zip(errors_NT, steps, strict=True)]
+            [weigh(e, s.counts, 1.0, _double(s.log_variances)) for e, s in zip(errors_NT, steps, strict=True)]
         )
     counts_NT, applied_N = torch.stack([s.counts for s in steps]), torch.stack([s.applied for s in steps])
-    flat = torch.cat([losses_N[:, None].double(), applied_N[:, None].double(), counts_NT.double(), errors_NT], 1).cpu()
+    flat = torch.cat([losses_N[:, None], applied_N[:, None].double(), counts_NT.double(), errors_NT], 1).cpu()
     rows = [row.split([1, 1, len(s.counts), len(s.counts)]) for row, s in zip(flat, steps, strict=True)]
     found = [
         Sums(errors, counts.long(), float(loss), s.tiles, bool(applied), int(failed))
         for (loss, applied, counts, errors), s, failed in zip(rows, steps, faults, strict=True)
     ]
     return Fetched(found, bool(any_stop), {"resident": resident, "gpu_peak": allocated})
+
+
+def _double(values: Tensor | None) -> Tensor | None:
+    return None if values is None else values.double()
 
 
 def memory_in_use(device: torch.device) -> tuple[float, float]:

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from mmearth_ray.errors import DataError
 from mmearth_ray.keys import Optimizer
 from mmearth_ray.objective import Objective
-from mmearth_ray.train.engine import MOMENTS, all_sum, parameter_groups, unmeasured
+from mmearth_ray.train.engine import MOMENTS, all_sum, norm_of, parameter_groups, spread, unmeasured
 from mmearth_ray.train.tensors import Gathered, shape_only
 
 BUCKET = 50_000_000
@@ -27,12 +27,16 @@ BUCKET = 50_000_000
 KEPT_WHOLE = 100_000
 """Parameters of fewer elements are not parted by stage 3, as one message for each costs more (DeepSpeed's default)."""
 
+LIVE = 100_000_000
+"""Elements of weights that stage 3 keeps gathered, and within how many they must be needed again to be kept rather than
+gathered anew.  With DeepSpeed's own 1e9 every worker would hold the whole model from the forward to the backward pass."""
+
 
 class ZeroEngine:
     """The engine of `train.engine=zero1`, `zero2` and `zero3`.
 
     micro_batches: in a step.  clip: the largest norm of all gradients together; 0: any.  offload: moments and float32 weights
-    stay in the host's memory, where the update is computed.
+    stay in the host's memory, where the update is computed.  skips: a step that is not finite stops no later one.
     """
 
     def __init__(
@@ -46,13 +50,14 @@ class ZeroEngine:
         micro_batches: int = 1,
         clip: float = 0.0,
         offload: bool = False,
+        skips: bool = False,
     ) -> None:
         self.deepspeed = load_deepspeed(device)
         join_group(device)
-        self.device, self.stage = device, stage
+        self.device, self.stage, self.offload, self.skips = device, stage, offload, skips
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
-        self.healthy = torch.ones((), dtype=torch.bool, device=device)
+        self.healthy = True
         self.forwarded: Callable[[], None] = unmeasured
         self.parameters = dict(module.named_parameters())
         self.shapes = {name: p.shape for name, p in self.parameters.items()}  # stage 3 leaves none of them
@@ -68,6 +73,21 @@ class ZeroEngine:
         names = {id(p): name for name, p in self.parameters.items()}
         self.flat = {names[id(p)]: flat for flat, group in self._partitions() for p in group}
         self._make_moments()
+        zero: Any = self.engine.optimizer  # its own sums of squares are float32 in some stages: they overflow above 1e19
+        if stage == 3:
+            zero._get_norm_groups = lambda: [self._norm()]
+        else:
+            zero.scaled_global_norm = self._norm
+
+    def _norm(self) -> Tensor:
+        """The norm of all gradients, float32 (), as under every engine."""
+        zero: Any = self.engine.optimizer
+        if self.offload:
+            mine = [norm.double().to(self.device) for norm in zero.norm_for_param_grads.values()]
+        else:
+            mine = [g.double().norm() for group in zero.averaged_gradients.values() for g in group]
+        squares = all_sum(sum((norm.square() for norm in mine), torch.zeros((), dtype=torch.float64)), self.device)
+        return norm_of([squares.sqrt()])
 
     def _partitions(self) -> list[tuple[Tensor, list[nn.Parameter]]]:
         """Every flat float32 tensor that this worker's AdamW updates, and the parameters that a part of it belongs to."""
@@ -89,24 +109,26 @@ class ZeroEngine:
         self.engine.set_gradient_accumulation_boundary(last)
         loss, sums = self.engine(batch, totals, share)
         self.forwarded()
-        self.engine.backward(loss * self.workers, scale_wrt_gas=False)
+        self.engine.backward(loss * spread(self.workers, loss), scale_wrt_gas=False)
         return sums
 
     def step(self, learning_rate: float) -> Tensor:
-        """As every engine's.  The norm is taken in float32: gradients above 1e19 count as not finite."""
         for group in self.optimizer.param_groups:
             group["lr"] = learning_rate
-        if not self.healthy:  # the fused kernel's own switch: it leaves everything as it is
+        if not (self.skips or self.healthy):  # the fused kernel's own switch: it leaves everything as it is
             self.optimizer.found_inf = torch.ones((), device=self.device)  # pyright: ignore[reportAttributeAccessIssue]
         self.engine.step()
-        if self.engine.optimizer.overflow:
-            self.healthy = torch.zeros_like(self.healthy)
-        return self.healthy
+        self.healthy = not self.engine.optimizer.overflow and (self.skips or self.healthy)
+        return torch.full((), self.healthy, device=self.device)
 
     @torch.no_grad()
     def evaluate(self, batch: dict[str, Tensor], totals: Tensor) -> Tensor:
         with self.autocast():
             return self.module(batch, totals, 1.0)[1]
+
+    def errors(self, batch: dict[str, Tensor]) -> Tensor:
+        with self.autocast():
+            return self.module.errors_of_images(batch)
 
     def reconstruct(self, batch: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
         return self.module.reconstruct(batch)
@@ -177,6 +199,7 @@ def _plan(
     zero: dict[str, Any] = {
         "stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket,
         "stage3_param_persistence_threshold": KEPT_WHOLE,
+        "stage3_max_live_parameters": LIVE, "stage3_max_reuse_distance": LIVE,
     }  # fmt: skip
     if offload:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": offload == "cuda"}

@@ -9,6 +9,7 @@ import pytest
 import torch
 from processes import train
 from published_case import STRUCTURES, make_case
+from s3_server import S3
 from safetensors.torch import load_file
 from tiny_earth import make_data_set
 from torch import Tensor
@@ -16,6 +17,8 @@ from torch import Tensor
 from mmearth_ray.checkpoints.__main__ import main
 from mmearth_ray.checkpoints.folder import open_exported
 from mmearth_ray.errors import run_command
+from mmearth_ray.storage import locate, names
+from mmearth_ray.train import checkpoint
 
 Run = Callable[..., str]
 
@@ -72,6 +75,24 @@ def test_a_run_and_its_checkpoint_export_alike(run: Run, tmp_path: Path) -> None
     ours, back = (open_exported(tmp_path / name) for name in ("run", "again"))
     assert all(torch.equal(value, back.tensors()[name]) for name, value in ours.tensors().items())
     assert ours.description == back.description
+
+
+def test_a_checkpoint_on_a_store_exports_alike_however_many_files_hold_it(
+    run: Run, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = make_data_set(tmp_path / "data", tiles=8, size=32)
+    monkeypatch.setattr(checkpoint, "LIMIT", 1 << 20)
+    kept = f"{s3.make_bucket()}/kept"
+    train(data.directory, tmp_path / "run", "train.steps=1", "validate.tiles=0", f"checkpoint.directory={kept}")
+    (place,) = checkpoint.committed(locate(kept, "checkpoint.directory"))
+    assert sum(name.startswith("model-") for name in names(place)) > 3
+    s3.fail(denied=1, only="(GET|HEAD) .*optimizer")  # the moments stay where they are
+    run("export", place, tmp_path / "a", "format=model")
+    run("export", tmp_path / "run", tmp_path / "b", "format=model")
+    for name in ("encoder.safetensors", "pretraining.safetensors"):
+        ours, theirs = load_file(tmp_path / "a" / name), load_file(tmp_path / "b" / name)
+        assert ours.keys() == theirs.keys()
+        assert all(torch.equal(ours[key], value) for key, value in theirs.items())
 
 
 def test_what_lies_in_the_way_is_never_lost(run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -56,7 +56,7 @@ def test_help_lists_every_key(name: str, capsys: pytest.CaptureFixture[str]) -> 
         (("convert", "r", "o", "workers=-1"), "workers=-1: must be at least 0"),
         (("convert", "r", "o", "holdout=1"), "must be below 1"),
         (("convert", "r", "o", "statistics=none"), "must be one of release, manifest"),
-        (("convert", "r", "o", "seed=x"), "seed must be of type int"),
+        (("convert", "r", "o", "seed=x"), "seed must be a whole number"),
         (("convert", "r", "o", "--force"), "not of the form key=value"),
         (("verify", "o", "sample=2"), "must be at most 1"),
         (("inspect", "o", "tile=3"), "add figure=PATH"),

@@ -254,6 +254,18 @@ def test_damage_on_a_store_is_a_data_error_with_the_remedy(store: UPath) -> None
         load_state(path)
 
 
+def test_the_moments_of_a_store_stay_there_where_weights_alone_are_wanted(store: UPath, s3: S3, tmp_path: Path) -> None:
+    commit(tmp_path, 1)
+    commit(store, 1)
+    s3.fail(denied=1, only="(GET|HEAD) .*optimizer")
+    for folder in (store, tmp_path):
+        with checkpoint.opened(checkpoint_path(folder, 1), moments=False) as (weights, moments):
+            assert same({name: weights[name] for name in weights}, tensors(1))
+            assert not moments
+    with pytest.raises(DataError, match="access denied"), checkpoint.opened(checkpoint_path(store, 1)):
+        pass
+
+
 def test_a_run_resumes_from_a_store_bit_for_bit(store: UPath, s3: S3, tmp_path: Path) -> None:
     shards = tmp_path / "tiny"
     make_data_set(shards, tiles=18, size=32)

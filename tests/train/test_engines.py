@@ -3,6 +3,7 @@
 Two groups of processes run all cases, in an environment without a compiler, where a killed compilation has left its lock.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,12 @@ STEPS = 5
 REFERENCE = Case("ddp", steps=STEPS)
 PARITY = {
     1: [REFERENCE, Case("zero1", 2, STEPS), Case("zero2", 4, STEPS), Case("zero3", 2, STEPS)],
-    2: [Case("ddp", 4, STEPS), Case("zero1", 1, STEPS), Case("zero2", 2, STEPS), Case("zero3", 4, STEPS, kept_whole=500)],
+    2: [
+        Case("ddp", 4, STEPS),
+        Case("zero1", 1, STEPS),
+        Case("zero2", 2, STEPS),
+        Case("zero3", 4, STEPS, kept_whole=500, live=10**8),
+    ],
 }
 CLIPPED = ("train.clip=0.5",)
 DECAYED = ("optimizer.weight_decay=0.9",)
@@ -36,6 +42,20 @@ CHOICES = {
 }
 CHOSEN = [Case(engine, 2, settings=settings) for settings, engines in CHOICES.items() for engine in engines]
 SPOILT = [Case(engine, 2, steps=3, spoilt=2) for engine in ENGINES]
+SKIPS = ("train.nonfinite=skip",)
+SKIPPING = {
+    SKIPS: ENGINES,
+    (*SKIPS, "train.clip=0.5", "train.precision=bf16"): ENGINES,
+    (*SKIPS, "train.offload=true"): ("zero2", "zero3"),
+}
+SKIPPED = [Case(engine, 2, 4, settings, spoilt=2) for settings, engines in SKIPPING.items() for engine in engines]
+LEFT_OUT = [replace(case, spoilt=0, left_out=2) for case in SKIPPED]
+HUGE = [
+    Case(engine, steps=3, settings=settings, spoilt=2, by=by)
+    for by, settings, engines in ((1e25, (), ENGINES), (1e25, CLIPPED, ENGINES), (1e25, OFFLOADED, ("zero2", "zero3")),
+                                  (2e38, (), ENGINES))
+    for engine in engines
+]  # fmt: skip
 SAVED = {1: [Case("ddp", saves="ddp"), Case("zero3", 2, saves="zero3")], 2: [Case("zero2", 2, saves="zero2")]}
 RESUMED = {
     2: [Case("zero3", 2, resumes="ddp/step-00000002"), Case("zero1", resumes="zero3/step-00000002")],
@@ -54,8 +74,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PATH", str(found / "nothing"))
         patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
-        in_a_group(1, found, run_cases, found, [*PARITY[1], *SAVED[1]])
-        in_a_group(2, found, run_cases, found, [*PARITY[2], *RESUMED[2], *SAVED[2], *CHOSEN, *SPOILT])
+        in_a_group(1, found, run_cases, found, [*PARITY[1], *SAVED[1], *HUGE])
+        in_a_group(2, found, run_cases, found, [*PARITY[2], *RESUMED[2], *SAVED[2], *CHOSEN, *SPOILT, *SKIPPED, *LEFT_OUT])
         in_a_group(1, found, run_cases, found, RESUMED[1])
     return found
 
@@ -106,6 +126,28 @@ def test_a_gradient_that_is_not_finite_changes_nothing_from_then_on(engine: str,
     for name, value in expected["weights"].items():
         assert torch.allclose(found["weights"][name], value, atol=1e-6), name
     assert found["counts"] == [1.0] * len(found["counts"])
+
+
+@pytest.mark.parametrize("case", SKIPPED, ids=str)
+def test_a_step_that_is_skipped_is_as_if_it_had_not_been_made(case: Case, folder: Path) -> None:
+    found, expected = result(folder, 2, case), result(folder, 2, replace(case, spoilt=0, left_out=2))
+    assert [step["applied"] for step in found["steps"]] == [True, False, True, True]
+    assert [step["loss"] for step in found["steps"] if step["applied"]] == losses(expected)
+    assert found["counts"] == expected["counts"] == [3.0] * len(found["counts"])
+    for name, value in expected["weights"].items():
+        assert torch.equal(found["weights"][name], value), name
+
+
+@pytest.mark.parametrize("case", HUGE, ids=str)
+def test_gradients_of_any_size_are_treated_alike(case: Case, folder: Path) -> None:
+    """The square of 1e25 is no float32.  Neither is the norm of several times 2e38, which they are themselves."""
+    found = result(folder, 1, case)
+    expected = result(folder, 1, replace(case, engine="ddp", settings=case.settings if case.settings == CLIPPED else ()))
+    assert [step["applied"] for step in found["steps"]] == [True, case.by == 1e25, case.by == 1e25]
+    assert losses(found) == pytest.approx(losses(expected), rel=1e-5)
+    for name, value in expected["weights"].items():
+        assert value.isfinite().all()
+        assert torch.allclose(found["weights"][name], value, atol=1e-5), name
 
 
 @pytest.mark.parametrize("engine", ["ddp", "zero3"])

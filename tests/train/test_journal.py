@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from mmearth_ray.train.journal import LEDGER, METRICS, Journal, cut_back, last_step, ledger_path, lines
+from mmearth_ray.train.journal import LEDGER, METRICS, Journal, cut_back, ledger_path, lines
 
 
 def steps_in(path: Path) -> list[int]:
@@ -62,12 +62,18 @@ def test_without_any_file_there_is_nothing_to_cut(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_lines_of_some_steps_and_the_last_whole_one(tmp_path: Path) -> None:
+def test_lines_of_some_steps_without_one_that_is_not_whole(tmp_path: Path) -> None:
     path = tmp_path / METRICS
     assert list(lines(path, 1, 9)) == []
-    assert last_step(path) == 0
     write(path, range(1, 6), '{"step": 6, "lo')
     assert [entry["step"] for entry in lines(path, 2, 4)] == [2, 3, 4]
     assert [entry["step"] for entry in lines(path, 4, 9)] == [4, 5]
     assert list(lines(path, 5, 4)) == []
-    assert last_step(path) == 5
+
+
+def test_every_line_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path / METRICS, range(1, 6))
+    parsed, loads = [], json.loads
+    monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
+    assert [entry["step"] for entry in lines(tmp_path / METRICS, 2, 4)] == [2, 3, 4]
+    assert len(parsed) == 5

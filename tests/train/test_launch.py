@@ -1,18 +1,22 @@
 """When a run starts again and when it gives up, without a cluster."""
 
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
 import torch
+from ray.exceptions import RayError
 
 from mmearth_ray.config import load
 from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import Experiment
+from mmearth_ray.keys import Config
 from mmearth_ray.stream.pipeline import Share
 from mmearth_ray.train import checkpoint, launch
 from mmearth_ray.train.launch import CHANGE_SECONDS, LOOK_SECONDS, Change, Failures
+from mmearth_ray.train.ownership import claim, require_claim
 from mmearth_ray.train.room import Amount, Cluster, Room
 
 
@@ -40,6 +44,49 @@ def test_failures_in_a_row_end_the_run_and_a_new_checkpoint_forgives_them(
     with pytest.raises(DataError, match=r"training ended after 2 restarts: out of memory; .*error.log tells more"):
         failures.add(RuntimeError("...\nout of memory"))
     assert "out of memory" in (tmp_path / "error.log").read_text()
+
+
+def test_the_newest_checkpoint_is_known_by_its_name(tmp_path: Path) -> None:
+    commit(tmp_path, 4)
+    commit(tmp_path, 12)
+    (tmp_path / "checkpoints" / "step-00000012" / "state.json").write_text("{")
+    assert launch._reached(experiment(tmp_path)) == 12
+
+
+def test_each_group_after_the_first_takes_the_checkpoints_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "checkpoints"
+    first = Started(load([f"run.directory={tmp_path}"]), tmp_path, claim(folder, "one", str(tmp_path)))
+    rooms, groups = [], []
+
+    def room(*_: Any, again: bool) -> Room:
+        rooms.append(again)
+        return ROOM
+
+    def group(found: Experiment, *_: Any) -> bool:
+        groups.append(found)
+        require_claim(found)
+        for late in groups[:-1]:
+            with pytest.raises(DataError, match="taken over by a later group"):
+                require_claim(late)
+        if len(groups) == 2:
+            raise RayError("a machine is out of reach")
+        return len(groups) < 4
+
+    for name, double in (("uses_gpus", lambda _: False), ("wait_for_room", room), ("_run_group", group), ("ask_for", print)):
+        monkeypatch.setattr(launch, name, double)
+    assert not launch.launch(cast(Experiment, first))
+    assert len({found.claim for found in groups}) == 4
+    assert groups[0] is first
+    assert rooms == [False, True, True, True]
+
+
+@dataclass(frozen=True)
+class Started:
+    """What of an experiment launching looks at."""
+
+    config: Config
+    run: Path
+    claim: str
 
 
 class Cloud:

@@ -1,20 +1,25 @@
 """The loop: losses and gradients that do not know the number of workers, resuming without a trace, missing data."""
 
 import json
+import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from command import ledger, metrics
+from groups import in_a_group
 from processes import Quiet, local_stream, settings, train
 from safetensors.torch import load_file
 from tiny_earth import make_data_set
 
 from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import build_objective, open_experiment
+from mmearth_ray.train import loop
 from mmearth_ray.train.engine import parameter_groups
 from mmearth_ray.train.loop import Worker, run
+from mmearth_ray.train.outputs import export_model
 
 
 @pytest.fixture(scope="module")
@@ -167,6 +172,27 @@ def test_starting_from_an_exported_encoder_copies_it(shards: Path, tmp_path: Pat
     weights = load_file(tmp_path / "second" / "checkpoints" / "step-00000001" / "model.safetensors")
     for name, tensor in encoder.items():
         assert np.array_equal(tensor, weights[f"model.encoder.{name}"]), name
+
+
+def leaves_exporting_to_the_first(rank: int, workers: int, shards: Path, folder: Path) -> None:
+    exported, config = folder / "exported", settings(shards, folder, "train.steps=2", f"train.workers={workers}")
+
+    def slow(*arguments: Any) -> Path:
+        for _ in range(600):
+            if (folder / "others are done").exists():
+                return export_model(*arguments)
+            time.sleep(0.1)
+        raise TimeoutError("the others wait")
+
+    loop.export_model = slow
+    run(open_experiment(config, shards), Worker(rank, workers, torch.device("cpu"), 1), local_stream, Quiet())
+    assert exported.exists() == (rank == 0)
+    if rank:
+        (folder / "others are done").touch()
+
+
+def test_no_worker_waits_for_the_export(shards: Path, tmp_path: Path) -> None:
+    in_a_group(2, tmp_path, leaves_exporting_to_the_first, shards, tmp_path)
 
 
 def test_decay_spares_biases_norms_and_loss_weights_only(shards: Path, tmp_path: Path) -> None:

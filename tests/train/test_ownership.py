@@ -4,8 +4,10 @@ import dataclasses
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from s3_server import S3
 from tiny_earth import make_data_set
 
@@ -14,8 +16,9 @@ from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.experiment import Experiment, open_experiment
 from mmearth_ray.files import atomic_text
 from mmearth_ray.keys import Config
-from mmearth_ray.storage import Location, locate, remove
-from mmearth_ray.train.ownership import OWNER, RUN, check_owner, claim, require_claim, run_id
+from mmearth_ray.storage import Location, locate, read_bytes, remove
+from mmearth_ray.train import checkpoint
+from mmearth_ray.train.ownership import OWNER, RUN, check_owner, claim, require_claim, run_id, take_over
 
 
 @pytest.fixture(params=["local", "s3"])
@@ -78,6 +81,63 @@ def test_of_the_commands_of_a_run_the_latest_keeps_the_folder(folder: Location, 
     with pytest.raises(DataError, match=f"{folder / OWNER} was removed while this run trained; run the command again"):
         require_claim(second)
     require_claim(dataclasses.replace(first, claim=""))
+
+
+def test_of_the_groups_of_a_command_the_latest_keeps_the_folder(folder: Location, tmp_path: Path) -> None:
+    first = experiment_of(tmp_path, folder, claim(folder, "one", "/runs/one"))
+    second = take_over(first)
+    require_claim(second)
+    third = take_over(second)
+    said = f"^{folder} was taken over by a later group of this run's workers while these were out of reach; these save"
+    for late in (first, second):
+        for call in (require_claim, take_over):
+            with pytest.raises(DataError, match=said):
+                call(late)
+    require_claim(third)
+    claim(folder, "one", "/elsewhere/one")
+    with pytest.raises(DataError, match="was claimed by another command while this one trained"):
+        take_over(third)
+    assert take_over(dataclasses.replace(first, claim="")).claim == ""
+
+
+def test_an_owner_of_an_earlier_version_is_that_of_a_first_group(folder: Location, tmp_path: Path) -> None:
+    first = experiment_of(tmp_path, folder, claim(folder, "one", "/runs/one"))
+    owner = json.loads(read_bytes(folder / OWNER))
+    assert owner.pop("group") == 0
+    atomic_text(folder / OWNER, json.dumps(owner))
+    require_claim(first)
+
+
+@pytest.mark.parametrize("when", ["before", "while it writes"])
+def test_a_group_that_was_succeeded_commits_nothing(
+    when: str, folder: Location, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = experiment_of(tmp_path, folder, claim(folder, "one", "/runs/one"))
+
+    def save(experiment: Experiment, step: int) -> None:
+        state = checkpoint.State(step, step * 8, {}, {}, {})
+        weights = {"w": torch.full((3,), float(step))}
+        checkpoint.save(folder, state, weights, {}, keep=2, check=lambda: require_claim(experiment))
+
+    save(first, 3)
+    write, following = checkpoint.write_parts, []
+
+    def overtaken(*arguments: Any) -> None:
+        write(*arguments)
+        following.append(take_over(first))
+
+    if when == "before":
+        following.append(take_over(first))
+    else:
+        monkeypatch.setattr(checkpoint, "write_parts", overtaken)
+    with pytest.raises(DataError, match="was taken over by a later group of this run's workers"):
+        save(first, 6)
+    monkeypatch.setattr(checkpoint, "write_parts", write)
+    assert [path.name for path in checkpoint.committed(folder)] == ["step-00000003"]
+    checkpoint.clear_incoming(folder)
+    save(following[0], 6)
+    with checkpoint.opened(checkpoint.committed(folder)[-1]) as (weights, _):
+        assert weights["w"].tolist() == [6, 6, 6]
 
 
 def test_a_store_that_denies_the_owner_is_not_taken_for_damage(s3: S3) -> None:

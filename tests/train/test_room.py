@@ -1,5 +1,7 @@
 """How many workers a cluster holds: places on its machines, a CPU left to data tasks, divisors of the global batch, others."""
 
+from typing import Any
+
 import pytest
 
 from mmearth_ray.config import load
@@ -104,6 +106,39 @@ def test_no_room_ends_with_what_is_lacking_after_the_limit(
         wait_for_room(load(["train.workers=2", "train.wait=30"]), gpus=False)
     assert clock.now == 30
     assert capsys.readouterr().err.count("waiting up to 30 s for room") == 1
+
+
+def test_what_a_group_has_just_given_up_is_waited_for_though_nobody_wants_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(["train.workers=[1,2]", "train.wait=0"])
+    held, gone = cluster((4, 0), free=(1, 0)), cluster((2, 0))  # a lost machine is missed late, processes end late
+    clock = Clock(monkeypatch, (0, held), (3, gone), (9, cluster((2, 0), (2, 0))))
+    found = wait_for_room(config, gpus=False, again=True)
+    assert found
+    assert (found.workers, clock.now) == (2, 9)
+    clock = Clock(monkeypatch, (0, held))
+    with pytest.raises(UsageError, match="only 1 CPUs of the cluster are free"):
+        wait_for_room(config, gpus=False, again=True)
+    assert clock.now == room.RELEASE_SECONDS
+    clock = Clock(monkeypatch, (0, held))
+    with pytest.raises(UsageError, match="only 1 CPUs of the cluster are free"):
+        wait_for_room(config, gpus=False)
+    assert clock.now == 0
+
+
+def test_machines_that_are_gone_or_about_to_be_taken_away_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    def node(name: str, cpus: int, alive: bool = True) -> dict[str, Any]:
+        return {"NodeID": name, "Alive": alive, "Resources": {"CPU": cpus, "GPU": cpus / 4, "object_store_memory": cpus * 10.0}}
+
+    bare = {"NodeID": "bare", "Alive": True, "Resources": {}}
+    nodes = [node("stays", 4), node("leaves", 8), node("gone", 16, alive=False), bare]
+    free = {"stays": 3, "leaves": 8, "bare": 0}
+    monkeypatch.setattr(room.ray, "nodes", lambda: nodes)
+    monkeypatch.setattr(room, "free_on", lambda names: {"CPU": sum(free[name] for name in names)})
+    for leaving, expected in ((set[str](), (12, 3, 11, 120)), ({"leaves"}, (4, 1, 3, 40)), ({"leaves", "gone"}, (4, 1, 3, 40))):
+        monkeypatch.setattr(room, "draining", lambda leaving=leaving: leaving)
+        found = room.cluster_now()
+        assert (found.total.cpus, found.total.gpus, found.free.cpus, found.store) == expected
+        assert found.free.gpus == 0
 
 
 def test_waiting_ends_when_the_run_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,6 +2,8 @@
 
 import json
 import struct
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -222,6 +224,61 @@ def test_a_tracker_that_fails_says_so_in_one_line_and_nothing_else_changes(
     assert len(warned) == 2
     assert warned[0].startswith("warning: Ill gets no more of this run until it is resumed (the network is away); training")
     assert warned[1].startswith("warning: Never gets no more of this run until it is resumed (no space left on the disk);")
+
+
+@pytest.mark.parametrize("fails_at", [1, 2, 5, 9])
+def test_what_a_tracker_missed_it_gets_when_the_run_is_resumed_and_nothing_twice(
+    fails_at: int, shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lost after step 6, resumed from 4, while the tracker fails at a step; resumed once without it, and at last with it."""
+    experiment = opened(shards, tmp_path / "run")
+    held: dict[int, float] = {}
+
+    class Keeper(Listener):
+        """A tracker that takes back what it holds after the restored step, or one that takes no step twice."""
+
+        def __init__(self, first: int) -> None:
+            super().__init__(first, fails_at)
+
+        def log(self, step: int, values: dict[str, float]) -> None:
+            super().log(step, values)
+            assert step not in held
+            held[step] = values["start"]
+
+    def asked(experiment: Experiment, done: int) -> list[tuple[str, Any]]:
+        return [("Keeper", lambda: Keeper(trackers.Sent(experiment.run, "Keeper").read() + 1))]
+
+    monkeypatch.setattr(trackers, "asked_for", asked)
+    write(experiment, 0, range(1, 7), start=1)
+    write(experiment, 4, range(5, 8), start=2)
+    use(monkeypatch)
+    write(experiment, 7, range(8, 10), start=3)
+    fails_at = 0
+    monkeypatch.setattr(trackers, "asked_for", asked)
+    write(experiment, 9, range(10, 12), start=4)
+    assert list(held) == list(range(1, 12))
+    file = {entry["step"]: entry["start"] for entry in metrics(experiment.run)}
+    assert all(held[step] == start for step, start in file.items() if step not in (5, 6))  # it may have had these before
+
+
+def test_tensorboard_left_out_for_a_while_holds_every_step_in_the_end(shards: Path, tmp_path: Path) -> None:
+    with_it, without = (opened(shards, tmp_path / "run", f"log.tensorboard={on}") for on in ("true", "false"))
+    write(with_it, 0, range(1, 7), start=1)
+    write(with_it, 3, range(4, 6), start=2)  # what it held of step 6 is taken back
+    write(without, 3, range(4, 9), start=3)
+    write(with_it, 8, range(9, 11), start=4)
+    shown = [(e.step, e.value) for e in board(with_it.run).Scalars("loss")]
+    assert shown == [(step, step + 0.25) for step in range(1, 11)]
+
+
+def test_a_process_that_is_killed_has_noted_what_was_sent(tmp_path: Path) -> None:
+    sent = trackers.Sent(tmp_path, "Weights & Biases")
+    assert sent.read() == 0
+    program = f"import os, pathlib; from mmearth_ray.train.trackers import Sent; sent = Sent(pathlib.Path({str(tmp_path)!r}), "
+    program += "'Weights & Biases'); [sent.write(step) for step in (7, 123, 45)]; os.kill(os.getpid(), 9)"
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == -9
+    assert sent.read() == 45
+    assert [path.name for path in (tmp_path / "trackers").iterdir()] == ["weights-biases"]
 
 
 def test_training_does_not_wait_for_a_tracker_that_hangs(

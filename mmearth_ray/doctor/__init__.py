@@ -1,0 +1,1 @@
+"""The doctor: whether this machine or cluster can carry the run that a configuration describes."""

@@ -1,0 +1,50 @@
+"""Check a machine or a cluster before a long run: python -m mmearth_ray.doctor [CONFIG.yaml] key=value ..."""
+
+import sys
+
+from mmearth_ray import config as configuration
+from mmearth_ray import settings
+from mmearth_ray.errors import run_command
+from mmearth_ray.keys import Config
+
+USAGE = """Check whether this machine, or the Ray cluster that it joins, can carry the run that pretrain starts with
+the same words.
+
+usage: python -m mmearth_ray.doctor [CONFIG.yaml ...] [key=value ...]
+
+One line per check: ok, warning or failed, the value, its bound, what to do.  Nothing stays behind.
+Exit codes: 0 nothing failed, 1 something did, 2 a wrong command or setting.
+
+"""
+
+
+def main(arguments: list[str]) -> int:
+    """The command.  Returns the exit code; raises UsageError for the caller to report."""
+    if {"-h", "--help"} & set(arguments):
+        print(USAGE + settings.help_text(Config))
+        return 0
+    config = configuration.load(arguments)
+
+    from mmearth_ray.doctor.case import Case  # torch and Ray take seconds to import; errors above need not wait
+    from mmearth_ray.doctor.checks import CHECKS
+    from mmearth_ray.doctor.cluster import leave
+    from mmearth_ray.doctor.findings import examine, summary
+    from mmearth_ray.doctor.needs import needs_of
+
+    findings = []
+    try:
+        for finding in examine(Case(config, needs_of(config)), CHECKS):
+            print(finding, flush=True)
+            findings.append(finding)
+    finally:
+        leave()
+    print(summary(findings))
+    return 1 if any(finding.level == "failed" for finding in findings) else 0
+
+
+def entry() -> int:
+    return run_command(main, sys.argv[1:])
+
+
+if __name__ == "__main__":
+    sys.exit(entry())

@@ -1,0 +1,58 @@
+"""The case: the run that is about to start, and what the checks have found out so far."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from mmearth_ray.doctor.findings import NotChecked
+from mmearth_ray.doctor.judge import Nodes
+from mmearth_ray.doctor.needs import Needs
+from mmearth_ray.keys import EMBEDDED, Config
+from mmearth_ray.pretrain import EMBEDDED_DIRECTORY
+from mmearth_ray.shards.manifest import MANIFEST
+from mmearth_ray.storage import Location, locate
+from mmearth_ray.train.room import Room
+
+CHECKPOINTS, CACHE = "checkpoints", "cache"
+"""Names of the disks that a run writes to."""
+
+
+@dataclass
+class Case:
+    """Settings and what they take; then, once it is known: whether Ray is there, GPUs are used, the room, the machines."""
+
+    config: Config
+    needs: Needs
+    gpus: bool | None = None
+    room: Room | None = None
+    nodes: Nodes = ()
+
+    @property
+    def run(self) -> Path:
+        return Path(self.config.run.directory).expanduser().resolve()
+
+    @property
+    def checkpoints(self) -> Location:
+        """Where checkpoints go, if not to the run directory."""
+        place = locate(self.config.checkpoint.directory or str(self.run), "checkpoint.directory")
+        return place.resolve() if isinstance(place, Path) else place
+
+    @property
+    def disks(self) -> Mapping[str, Path]:
+        """Local directories that the run fills, by their names."""
+        places = {CHECKPOINTS: self.checkpoints}
+        if self.config.data.cache:
+            places[CACHE] = Path(self.config.data.cache).expanduser().resolve()
+        return {use: place for use, place in places.items() if isinstance(place, Path)}
+
+    def shards(self) -> list[Location]:
+        """Where the data sets are.  Raises NotChecked if one is still to be made, UsageError for a wrong URL."""
+        if EMBEDDED in self.config.data.shards and not (EMBEDDED_DIRECTORY / MANIFEST).exists():
+            raise NotChecked(f"pretrain makes the embedded data set in {EMBEDDED_DIRECTORY} when it is first used")
+        return [EMBEDDED_DIRECTORY if text == EMBEDDED else locate(text, "data.shards") for text in self.config.data.shards]
+
+    def with_ray(self) -> bool:
+        """Whether the run uses GPUs.  Raises NotChecked where there is no Ray to ask."""
+        if self.gpus is None:
+            raise NotChecked("Ray is not there")
+        return self.gpus

@@ -1,0 +1,218 @@
+"""Judging machines: from what they say of themselves and what a run takes to findings.  Pure functions."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import NamedTuple
+
+from mmearth_ray.doctor.findings import Finding, Level
+from mmearth_ray.doctor.machine import Disk, Machine
+from mmearth_ray.doctor.needs import Needs
+from mmearth_ray.progress import counted
+
+OPEN_FILES = 8192
+"""Open files that Ray recommends at least (ray/_private/worker.py, below 4,096 it warns by itself)."""
+
+SPILL_SHARE = 0.95
+"""Share of a disk in use beyond which Ray writes nothing more to it (RAY_local_fs_capacity_threshold)."""
+
+LOGS = 5e9
+"""Free bytes for Ray's logs and what it spills; our choice, Ray itself knows the share above only."""
+
+SKEW_WARNING, SKEW_FAILURE = 1.0, 900.0
+"""Seconds between clocks: beyond the first, times in logs mislead; S3 refuses requests signed more than 15 minutes off."""
+
+SHARED_MEMORY = 1 << 30
+"""Bytes of /dev/shm at least: NCCL and gloo take some beside the object store; a container has 64 MB unless told otherwise."""
+
+BF16 = 8.0
+"""Compute capability from which GPUs compute in bf16 (Ampere)."""
+
+
+class Offer(NamedTuple):
+    """What Ray has on a machine: logical CPUs and GPUs, bytes of object store; and how far its clock is ahead, seconds."""
+
+    cpus: float = 0.0
+    gpus: float = 0.0
+    store: float = 0.0
+    skew: float = 0.0
+
+
+Nodes = Sequence[tuple[Machine, Offer]]
+Verdict = tuple[Level, str]
+
+
+def size(amount: float) -> str:
+    """Bytes as people read them: 64 MB, 1.5 GB."""
+    return f"{amount / 1e9:,.1f} GB" if amount >= 1e9 else f"{amount / 1e6:,.1f} MB"
+
+
+def grouped(subject: str, nodes: Nodes, verdict: Callable[[Machine, Offer], Verdict]) -> Iterator[Finding]:
+    """One finding for all machines of which the same is to be said; where there are several kinds, with their names."""
+    kinds: dict[Verdict, list[str]] = {}
+    for machine, offer in nodes:
+        kinds.setdefault(verdict(machine, offer), []).append(machine.name)
+    for (level, text), names in kinds.items():
+        shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        yield Finding(level, subject, f"{text} ({shown})" if len(nodes) > 1 else text)
+
+
+def sizes(nodes: Nodes) -> Iterator[Finding]:
+    """What every machine has."""
+
+    def verdict(machine: Machine, offer: Offer) -> Verdict:
+        own = f"{counted(machine.cores, 'core')}, {size(machine.memory)} memory"
+        if not offer.store:
+            return "ok", f"{own}; seen without Ray"
+        return "ok", f"{own}; Ray offers {offer.cpus:g} CPUs and {size(offer.store)} object store"
+
+    yield from grouped("machines", nodes, verdict)
+
+
+def versions(nodes: Nodes, here: Mapping[str, str]) -> Iterator[Finding]:
+    """Whether all machines have the versions of this one."""
+    differ = False
+    for machine, _ in nodes:
+        for name, own in here.items():
+            other = machine.versions.get(name, "none")
+            if other != own:
+                differ = True
+                text = f"{name} {other} on {machine.name}, {own} here; install requirements.lock on every machine"
+                yield Finding("failed", "versions", text)
+    if not differ:
+        yield Finding("ok", "versions", ", ".join(f"{name} {version}" for name, version in here.items()))
+
+
+def open_files(nodes: Nodes) -> Iterator[Finding]:
+    def verdict(machine: Machine, _: Offer) -> Verdict:
+        if 0 <= machine.open_files < OPEN_FILES:  # -1: no limit
+            return "warning", (f"at most {machine.open_files:,}, Ray recommends {OPEN_FILES:,}; raise the hard limit before "
+                               "Ray starts: ulimit -n 65536, or --ulimit nofile=65536:65536 of a container")  # fmt: skip
+        if machine.open_files < 0:
+            return "ok", "no limit"
+        return "ok", f"at most {machine.open_files:,}, Ray recommends {OPEN_FILES:,}"
+
+    yield from grouped("open files", nodes, verdict)
+
+
+def gpus(nodes: Nodes, wanted: bool, precision: str) -> Iterator[Finding]:
+    """The GPUs of every machine, and whether they do what the run wants of them."""
+
+    def verdict(machine: Machine, offer: Offer) -> Verdict:
+        seen = len(machine.gpus)
+        if not seen:
+            missing = offer.gpus > 0
+            return ("failed" if missing and wanted else "warning" if missing else "ok"), (
+                f"none, but Ray offers {offer.gpus:g}; install NVIDIA's driver, or start Ray without GPUs"
+                if missing
+                else "none"
+            )
+        kind = machine.gpus[0]
+        text = (f"{seen} x {kind.name}, {size(kind.memory)}, compute capability {kind.capability:g}, driver {kind.driver}, "
+                f"{'bf16' if kind.capability >= BF16 else 'no bf16'}")  # fmt: skip
+        if offer.gpus > seen:
+            return "failed", f"{text}; Ray offers {offer.gpus:g}: start it with the number that is there"
+        if len(set(machine.gpus)) > 1:
+            return "warning", f"{text}; not all are of that kind: the slowest sets the pace"
+        if precision == "bf16" and kind.capability < BF16 and wanted:
+            return "warning", f"{text}; train.precision=bf16 is emulated: use fp32"
+        if not wanted and offer.gpus:
+            return "warning", f"{text}; the run trains on CPUs: fewer train.workers, or train.gpus=true, to use them"
+        return "ok", text
+
+    yield from grouped("GPUs", nodes, verdict)
+
+
+def memory(nodes: Nodes, wanted: bool, needs: Needs, workers: int) -> Iterator[Finding]:
+    """Whether weights, gradients and moments of the workers that a machine takes fit; activations come on top."""
+    what = f"a worker's weights, gradients and moments take {size(needs.state)}, activations come on top"
+
+    def verdict(machine: Machine, offer: Offer) -> Verdict:
+        if wanted and machine.gpus:
+            least = min(gpu.memory for gpu in machine.gpus)
+            fits = not least or needs.state < least  # 0: the driver does not tell
+            place = f"a GPU has {size(least)}"
+        else:
+            here = min(workers, int(offer.cpus)) or 1
+            fits = here * needs.state < machine.memory - offer.store
+            store = f" less {size(offer.store)} object store" if offer.store else ""
+            place = f"{counted(here, 'worker')} on {size(machine.memory)}{store}"
+        advice = "" if fits else "; use train.engine=zero3, a smaller model.size or larger machines"
+        return ("ok" if fits else "failed"), f"{what}; {place}{advice}"
+
+    yield from grouped("memory", [n for n in nodes if not wanted or n[1].gpus] or nodes, verdict)
+
+
+def shared_memory(nodes: Nodes) -> Iterator[Finding]:
+    """Whether /dev/shm holds the object store; where it does not, Ray puts that on a disk."""
+
+    def verdict(machine: Machine, offer: Offer) -> Verdict:
+        disk = machine.shared_memory
+        if disk is None:
+            return "ok", "there is none on this system"
+        bound = max(offer.store, SHARED_MEMORY)
+        if disk.total < bound:
+            return "warning", (f"/dev/shm has {size(disk.total)}, less than {size(bound)}: Ray puts its object store on a "
+                               f"disk; start the container with --shm-size={bound / 2**30:.0f}g or more")  # fmt: skip
+        return "ok", f"/dev/shm has {size(disk.total)}, at least {size(bound)} are wanted"
+
+    yield from grouped("shared memory", nodes, verdict)
+
+
+def object_store(nodes: Nodes, needs: Needs) -> Iterator[Finding]:
+    total = sum(offer.store for _, offer in nodes)
+    text = f"{size(total)} in all, batches read ahead take up to {size(needs.store)}"
+    if total < needs.store:
+        yield Finding("warning", "object store", f"{text}: less is read ahead; lower data.read_ahead or data.tiles_per_task, "
+                      "or start Ray with more --object-store-memory")  # fmt: skip
+    else:
+        yield Finding("ok", "object store", text)
+
+
+def ray_disk(nodes: Nodes, use: str) -> Iterator[Finding]:
+    """Whether Ray can log, and spill what its object store does not hold."""
+
+    def verdict(machine: Machine, _: Offer) -> Verdict:
+        disk = machine.disks[use]
+        text = f"{size(disk.free)} of {size(disk.total)} free at {disk.path}"
+        advice = "free some, or start Ray with --temp-dir and --object-spilling-directory on a larger disk"
+        if disk.free < (1 - SPILL_SHARE) * disk.total:
+            return "warning", f"{text}: more than {SPILL_SHARE:.0%} full, where Ray spills nothing; {advice}"
+        if disk.free < LOGS:
+            return "warning", f"{text}, logs and what Ray spills may take {size(LOGS)}; {advice}"
+        return "ok", f"{text}, at least {size(LOGS)} are wanted"
+
+    yield from grouped(use, nodes, verdict)
+
+
+def disk(subject: str, nodes: Nodes, use: str, wanted: float, what: str) -> Iterator[Finding]:
+    """Whether a disk that the run fills has room for what it writes there."""
+
+    def verdict(machine: Machine, _: Offer) -> Verdict:
+        found: Disk = machine.disks[use]
+        text = f"{size(found.free)} free at {found.path}, {what} take {size(wanted)}"
+        return ("ok", text) if found.free >= wanted else ("failed", f"{text}; free some, or name another place")
+
+    yield from grouped(subject, nodes, verdict)
+
+
+def sharing(nodes: Nodes, run: str) -> Iterator[Finding]:
+    """Whether all machines have the same run directory."""
+
+    def verdict(machine: Machine, _: Offer) -> Verdict:
+        return ("failed", f"{run}: {machine.unshared}") if machine.unshared else ("ok", f"{run} is seen and written by all")
+
+    if len(nodes) > 1:
+        yield from grouped("shared directory", nodes, verdict)
+
+
+def clocks(nodes: Nodes) -> Iterator[Finding]:
+    if len(nodes) < 2:
+        return
+    machine, offer = max(nodes, key=lambda node: abs(node[1].skew))
+    text = f"at most {abs(offer.skew):.3f} s from this machine's ({machine.name})"
+    if abs(offer.skew) < SKEW_WARNING:
+        yield Finding("ok", "clocks", f"{text}, {SKEW_WARNING:g} s are allowed")
+    else:
+        level: Level = "failed" if abs(offer.skew) >= SKEW_FAILURE else "warning"
+        yield Finding(
+            level, "clocks", f"{text}, {SKEW_WARNING:g} s are allowed, and a store refuses {SKEW_FAILURE:g}; start NTP"
+        )

@@ -1,0 +1,99 @@
+"""The checks of a case without a cluster: what stands in the way of the run is found, and all else is looked at."""
+
+from pathlib import Path
+
+import pytest
+from s3_server import S3
+from tiny_earth import make_data_set
+
+from mmearth_ray.config import load
+from mmearth_ray.doctor.case import Case
+from mmearth_ray.doctor.checks import CHECKS
+from mmearth_ray.doctor.findings import Finding, examine
+from mmearth_ray.doctor.needs import needs_of
+
+WITHOUT_RAY = [check for check in CHECKS if check.subject not in ("Ray", "room")]
+
+
+def found(*arguments: str) -> list[Finding]:
+    """What the checks say that need no Ray."""
+    config = load(["model.image_size=16", "model.decoder_width=32", "model.targets=[aster]", *arguments])
+    return list(examine(Case(config, needs_of(config)), WITHOUT_RAY))
+
+
+def of(findings: list[Finding], subject: str) -> Finding:
+    (only,) = [finding for finding in findings if finding.subject == subject]
+    return only
+
+
+def test_a_machine_without_a_cluster_is_looked_at(tmp_path: Path) -> None:
+    data = make_data_set(tmp_path / "data", tiles=48, held_out=8).directory
+    run = tmp_path / "runs" / "one"
+    findings = found(f"data.shards={data}", f"run.directory={run}", "train.workers=[1,2]", "train.steps=5")
+    assert {finding.level for finding in findings if finding.subject != "all-reduce"} == {"ok"}
+    assert of(findings, "data").text == "40 tiles to train on, 8 held out; 5 steps of 64 tiles"
+    assert "1 to 2 workers with train.engine=ddp" in of(findings, "settings").text
+    assert of(findings, "all-reduce") == ("warning", "all-reduce", "not checked: Ray is not there")
+    assert f"{run}: 67.1 MB written at " in of(findings, "run.directory").text
+    assert of(findings, "data.shards").text.startswith(f"{data}: ")
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_an_unwritable_run_directory_fails_alone(tmp_path: Path) -> None:
+    data = make_data_set(tmp_path / "data").directory
+    (tmp_path / "file").write_text("")
+    findings = found(f"data.shards={data}", f"run.directory={tmp_path}/file/run")
+    (failed,) = [finding for finding in findings if finding.level == "failed"]
+    assert failed.subject == "run.directory"
+    assert failed.text.startswith(f"cannot write {tmp_path}/file/run: ")
+    assert of(findings, "data.shards").level == "ok"
+
+
+def test_a_missing_bucket_fails_where_it_is_used_and_the_rest_is_looked_at(s3: S3, tmp_path: Path) -> None:
+    findings = found("data.shards=s3://nowhere/earth", "checkpoint.directory=s3://nowhere/kept", f"run.directory={tmp_path}")
+    failed = {finding.subject: finding.text for finding in findings if finding.level == "failed"}
+    assert set(failed) == {"data", "checkpoints", "data.shards"}
+    assert all("the bucket of s3://nowhere/" in text for text in failed.values())
+    assert of(findings, "run.directory").level == "ok"
+    assert not [finding for finding in findings if finding.subject == "disk"]  # checkpoints go elsewhere
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_store_is_written_where_checkpoints_go_and_only_read_where_shards_are(s3: S3, tmp_path: Path) -> None:
+    data = make_data_set(tmp_path / "data").directory
+    kept = f"{s3.make_bucket()}/kept"
+    findings = found(f"data.shards={data}", f"checkpoint.directory={kept}", f"run.directory={tmp_path}")
+    assert of(findings, "checkpoints").text.startswith(f"{kept}: 67.1 MB written at ")
+    assert "written at" not in of(findings, "data.shards").text
+
+
+def test_settings_that_pretrain_refuses_fail(s3: S3, tmp_path: Path) -> None:
+    findings = found(f"data.shards={s3.make_bucket()}/x", "train.hang_timeout=20", f"run.directory={tmp_path}")
+    assert of(findings, "settings").level == "failed"
+    assert "train.hang_timeout=20: workers may wait longer" in of(findings, "settings").text
+
+
+def test_an_embedded_data_set_that_is_still_to_be_made_is_not_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    findings = found("data.shards=embedded")
+    assert of(findings, "data.shards").text.startswith("not checked: pretrain makes the embedded data set in data/embedded")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_full_disk_is_found_from_what_the_run_takes(tmp_path: Path) -> None:
+    data = make_data_set(tmp_path / "data").directory
+    findings = found(f"data.shards={data}", f"run.directory={tmp_path}", f"data.cache={tmp_path}/cache", "data.cache_gb=1e9")
+    cache, writable = (finding for finding in findings if finding.subject == "data.cache")
+    assert (cache.level, writable.level) == ("failed", "ok")
+    assert "shards that are kept take 1,000,000,000.0 GB; free some" in cache.text
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    data = make_data_set(tmp_path / "data").directory
+    (tmp_path / "file").write_text("")
+    findings = found(
+        f"data.shards={data}", f"run.directory={tmp_path}", f"data.cache={tmp_path}/file/cache", "data.cache_gb=0.001"
+    )
+    assert [finding.subject for finding in findings if finding.level == "failed"] == ["data.cache"]
+    assert f"cannot write {tmp_path}/file/cache: " in findings[-2].text

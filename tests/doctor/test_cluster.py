@@ -1,0 +1,64 @@
+"""Groups of actors in a real Ray: one that does not end is given up and its processes go."""
+
+import os
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import ray
+from command import descendants, title_of
+
+from mmearth_ray.cluster import join_or_start
+from mmearth_ray.doctor.cluster import RAY_DIRECTORY, add_up, leave, look_around
+from mmearth_ray.doctor.group import Member
+from mmearth_ray.doctor.machine import Wanted
+from mmearth_ray.errors import DataError
+
+
+@pytest.fixture(scope="module", autouse=True)
+def own_ray() -> Iterator[None]:
+    join_or_start(4, "local")
+    yield
+    leave()
+
+
+def test_a_group_that_hangs_is_given_up_by_name() -> None:
+    class Stuck(Member):
+        def reduce(self, size: int = 0, times: int = 0) -> float:
+            if self.rank == 1:
+                time.sleep(600)
+            return 0.0
+
+    before = ray.available_resources()["CPU"]
+    with pytest.raises(DataError, match=r"^worker 1 on 127.0.0.1 did not end the all-reduce within 20 s; check firewalls"):
+        add_up(2, gpus=False, size=1 << 20, seconds=20, kind=Stuck)
+    deadline = time.monotonic() + 60
+    while ray.available_resources().get("CPU") != before and time.monotonic() < deadline:
+        time.sleep(0.2)
+    assert ray.available_resources()["CPU"] == before
+    assert not [pid for pid in descendants(os.getpid()) if "Stuck" in title_of(pid)]
+
+
+def test_no_place_for_the_workers_is_said() -> None:
+    with pytest.raises(DataError, match="the cluster had no place for 9 workers within 1 s"):
+        add_up(9, gpus=False, seconds=1)
+
+
+def test_every_machine_is_looked_at(tmp_path: Path) -> None:
+    (tmp_path / "probe").write_text("word")
+    nodes, silent = look_around(Wanted({"run": tmp_path}, str(tmp_path / "probe"), "word"))
+    ((machine, offer),) = nodes
+    assert silent == {}
+    assert machine.name == "127.0.0.1"
+    assert machine.unshared == ""
+    assert offer.cpus == 4
+    assert offer.store > 1e6
+    assert abs(offer.skew) < 0.5
+    assert Path(machine.disks[RAY_DIRECTORY].path).is_relative_to("/")
+
+
+def test_a_machine_that_does_not_answer_is_named() -> None:
+    nodes, silent = look_around(Wanted({}), seconds=0.001)
+    assert nodes == []
+    assert silent == {"127.0.0.1": "no answer within 0.001 s"}

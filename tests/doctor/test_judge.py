@@ -1,0 +1,136 @@
+"""Judging machines: every bound from both sides, and every line says the value, the bound and what to do."""
+
+from dataclasses import replace
+
+import pytest
+
+from mmearth_ray.doctor import judge
+from mmearth_ray.doctor.findings import Finding
+from mmearth_ray.doctor.judge import Offer
+from mmearth_ray.doctor.machine import Disk, Gpu, Machine
+from mmearth_ray.doctor.needs import Needs
+
+L4 = Gpu("NVIDIA L4", 24 * 10**9, 8.9, "550.90")
+NEEDS = Needs(weights=10**6, gradients=4 * 10**6, state=16 * 10**6, checkpoints=48 * 10**6, store=10**9)
+HERE = Machine(
+    "a", {"python": "3.11.7", "torch": "2.13.0"}, cores=8, memory=32 * 10**9, open_files=65536, gpus=(),
+    disks={"run": Disk("/run", 10**12, 10**11)}, shared_memory=Disk("/dev/shm", 16 * 10**9, 10**9),
+)  # fmt: skip
+THERE = replace(HERE, name="b")
+OFFER = Offer(cpus=8, gpus=0, store=9e9)
+
+
+def one(found: list[Finding]) -> Finding:
+    assert len(found) == 1, found
+    return found[0]
+
+
+def test_machines_alike_are_one_line_and_others_are_named() -> None:
+    alike = list(judge.sizes([(HERE, OFFER), (THERE, OFFER)]))
+    assert one(alike).text == "8 cores, 32.0 GB memory; Ray offers 8 CPUs and 9.0 GB object store (a, b)"
+    differing = list(judge.sizes([(HERE, OFFER), (replace(THERE, cores=4), OFFER)]))
+    assert [finding.text.split(",")[0] for finding in differing] == ["8 cores", "4 cores"]
+    many = [(replace(HERE, name=str(number)), OFFER) for number in range(6)]
+    assert one(list(judge.sizes(many))).text.endswith("(0, 1, 2, 3 and 2 more)")
+
+
+def test_nodes_with_other_versions_are_named_with_both() -> None:
+    same = one(list(judge.versions([(HERE, OFFER), (THERE, OFFER)], HERE.versions)))
+    assert same == ("ok", "versions", "python 3.11.7, torch 2.13.0")
+    other = replace(THERE, versions={"python": "3.11.7", "torch": "2.12.1"})
+    found = one(list(judge.versions([(HERE, OFFER), (other, OFFER)], HERE.versions)))
+    assert found.level == "failed"
+    assert found.text == "torch 2.12.1 on b, 2.13.0 here; install requirements.lock on every machine"
+    without = replace(THERE, versions={"python": "3.11.7"})
+    assert "torch none on b" in one(list(judge.versions([(without, OFFER)], HERE.versions))).text
+
+
+@pytest.mark.parametrize(("limit", "level"), [(8191, "warning"), (8192, "ok"), (-1, "ok")])
+def test_open_files(limit: int, level: str) -> None:
+    found = one(list(judge.open_files([(replace(HERE, open_files=limit), OFFER)])))
+    assert found.level == level
+    if level == "warning":
+        assert found.text.startswith("at most 8,191, Ray recommends 8,192; raise the hard limit")
+
+
+@pytest.mark.parametrize(
+    ("gpus", "offered", "wanted", "precision", "level", "words"),
+    [
+        ((), 0, False, "fp32", "ok", "none"),
+        ((), 4, True, "fp32", "failed", "none, but Ray offers 4"),
+        ((), 4, False, "fp32", "warning", "none, but Ray offers 4"),
+        ((L4,) * 4, 4, True, "bf16", "ok", "4 x NVIDIA L4, 24.0 GB, compute capability 8.9, driver 550.90, bf16"),
+        ((L4,) * 3, 4, True, "fp32", "failed", "Ray offers 4: start it with the number that is there"),
+        ((L4, L4._replace(name="NVIDIA A10")), 2, True, "fp32", "warning", "not all are of that kind"),
+        ((L4._replace(capability=7.5),), 1, True, "bf16", "warning", "no bf16; train.precision=bf16 is emulated"),
+        ((L4._replace(capability=7.5),), 1, True, "fp32", "ok", "no bf16"),
+        ((L4,), 1, False, "fp32", "warning", "the run trains on CPUs"),
+    ],
+)
+def test_gpus(gpus: tuple[Gpu, ...], offered: int, wanted: bool, precision: str, level: str, words: str) -> None:
+    found = one(list(judge.gpus([(replace(HERE, gpus=gpus), Offer(8, offered))], wanted, precision)))
+    assert (found.level, words in found.text) == (level, True), found
+
+
+def test_memory_of_workers_on_a_machine_and_on_a_gpu() -> None:
+    node = (HERE, OFFER)
+    assert one(list(judge.memory([node], False, NEEDS, 2))).level == "ok"
+    large = replace(NEEDS, state=12 * 10**9)  # two of them are 24 GB; 32 less the object store's 9 are 23
+    found = one(list(judge.memory([node], False, large, 2)))
+    assert found.level == "failed"
+    assert "2 workers on 32.0 GB less 9.0 GB object store; use train.engine=zero3" in found.text
+    assert one(list(judge.memory([node], False, large, 1))).level == "ok"
+    gpus = (replace(HERE, gpus=(L4,)), Offer(8, 1, 9e9))
+    assert one(list(judge.memory([gpus], True, large, 2))).level == "ok"
+    found = one(list(judge.memory([node, gpus], True, replace(NEEDS, state=24 * 10**9), 2)))
+    assert found.level == "failed"
+    assert "a GPU has 24.0 GB" in found.text
+    unknown = (replace(HERE, gpus=(L4._replace(memory=0),)), Offer(8, 1))
+    assert one(list(judge.memory([unknown], True, large, 1))).level == "ok"
+
+
+def test_shared_memory_must_hold_the_object_store() -> None:
+    assert one(list(judge.shared_memory([(HERE, OFFER)]))).level == "ok"
+    container = replace(HERE, shared_memory=Disk("/dev/shm", 64 << 20, 0))
+    found = one(list(judge.shared_memory([(container, OFFER)])))
+    assert found.level == "warning"
+    assert "/dev/shm has 67.1 MB, less than 9.0 GB" in found.text
+    assert "--shm-size=8g" in found.text
+    assert "less than 1.1 GB" in one(list(judge.shared_memory([(container, Offer())]))).text
+    assert one(list(judge.shared_memory([(replace(HERE, shared_memory=None), OFFER)]))).level == "ok"
+
+
+@pytest.mark.parametrize(("store", "level"), [(0.4e9, "warning"), (0.5e9, "ok")])
+def test_the_object_stores_count_together(store: float, level: str) -> None:
+    assert one(list(judge.object_store([(HERE, Offer(store=store)), (THERE, Offer(store=store))], NEEDS))).level == level
+
+
+@pytest.mark.parametrize(
+    ("total", "free", "level"),
+    [(10**12, 4.9e10, "warning"), (10**12, 5.1e10, "ok"), (2e10, 4.9e9, "warning"), (2e10, 5e9, "ok")],
+)
+def test_the_disk_that_ray_writes_to(total: float, free: float, level: str) -> None:
+    machine = replace(HERE, disks={"Ray's directory": Disk("/tmp", int(total), int(free))})
+    assert one(list(judge.ray_disk([(machine, OFFER)], "Ray's directory"))).level == level
+
+
+def test_a_full_disk_is_named_with_what_the_run_takes() -> None:
+    assert one(list(judge.disk("disk", [(HERE, OFFER)], "run", 1e11, "checkpoints"))).level == "ok"
+    found = one(list(judge.disk("disk", [(HERE, OFFER)], "run", 1.001e11, "checkpoints")))
+    assert found.level == "failed"
+    assert found.text == "100.0 GB free at /run, checkpoints take 100.1 GB; free some, or name another place"
+
+
+def test_a_directory_that_is_not_shared_fails_on_the_machines_concerned() -> None:
+    assert not list(judge.sharing([(HERE, OFFER)], "/run"))
+    assert one(list(judge.sharing([(HERE, OFFER), (THERE, OFFER)], "/run"))).level == "ok"
+    found = list(judge.sharing([(HERE, OFFER), (replace(THERE, unshared="does not see it"), OFFER)], "/run"))
+    assert found[1] == ("failed", "shared directory", "/run: does not see it (b)")
+
+
+@pytest.mark.parametrize(("skew", "level"), [(0.9, "ok"), (-1.1, "warning"), (901.0, "failed")])
+def test_clocks(skew: float, level: str) -> None:
+    assert not list(judge.clocks([(HERE, OFFER)]))
+    found = one(list(judge.clocks([(HERE, OFFER), (THERE, Offer(skew=skew))])))
+    assert found.level == level
+    assert "(b)" in found.text
