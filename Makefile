@@ -31,8 +31,10 @@ $(STAMP): requirements.lock pyproject.toml
 pretrain: $(STAMP)
 	$(PY) -m mmearth_ray.pretrain configs/embedded.yaml
 
+TEST_PROCESSES ?= 2
+
 test: $(STAMP)
-	$(PY) -m pytest -q
+	$(PY) -m pytest -q -n $(TEST_PROCESSES) --dist loadfile
 
 lint: $(STAMP)
 	$(VENV)/bin/ruff check .

@@ -24,7 +24,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from benchmarks.memory import _status as status
+from benchmarks.memory import forget_peak, status
 from benchmarks.record import RESULTS, Row, circumstances, hardware, table, write
 from benchmarks.shapes import parse_shape
 from benchmarks.subject import build, make_batch
@@ -157,7 +157,7 @@ def _worker(rank: int, config: Config, folder: str) -> None:
     totals = engine.all_sum(torch.full((len(engine.module.targets),), 1000 * micro_batch))
     micro_batches = config.train.global_batch // workers // micro_batch
     for _ in range(2):
-        Path("/proc/self/clear_refs").write_text("5")  # VmHWM is as VmRSS from now on: proc(5)
+        forget_peak()
         for number in range(micro_batches):
             engine.backward(batch, totals, 1 / workers / micro_batches, last=number == micro_batches - 1)
         engine.step(RATE)

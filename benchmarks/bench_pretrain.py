@@ -68,12 +68,17 @@ def main(arguments: list[str]) -> int:
     about = circumstances("benchmarks.bench_pretrain")
     shapes = [shape_of(text) for text in options.shapes]
     results = {(shape, engine): measure(options, *shape, engine) for shape in shapes for engine in options.engines}
-    rows = [{"engine": engine, **summary(options, shape, rounds)} for (shape, engine), rounds in results.items()]
-    costs = [{"engine": engine, **spending(shape, rounds)} for (shape, engine), rounds in results.items()]
+    rows = [summary(options, shape, rounds) | _named(engine) for (shape, engine), rounds in results.items()]
+    costs = [spending(shape, rounds) | _named(engine) for (shape, engine), rounds in results.items()]
     print("\n".join([*table(rows), "", *table(costs)]))
     if options.save:
         print(f"written to {write('pretrain', about, rows, {'CPU milliseconds per tile': costs})}")
     return 0
+
+
+def _named(engine: str) -> dict[str, str]:
+    """The column of an engine that is not the default."""
+    return {} if engine == "ddp" else {"engine": engine}
 
 
 def shape_of(text: str) -> tuple[int, int, int]:

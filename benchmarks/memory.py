@@ -70,10 +70,10 @@ def measure(options: Options) -> int:
 def peak_of_steps(work: Work, device: torch.device, steps: int) -> int:
     """Bytes that the steps need, the first of this process: on a CPU its peak so far less what it held just before them, on a
     GPU the most that PyTorch had allocated."""
-    before = _status("VmRSS") if device.type == "cpu" else 0
+    before = status("VmRSS") if device.type == "cpu" else 0
     for _ in range(steps):
         work(Stopwatch(device))
-    return _status("VmHWM") - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
+    return status("VmHWM") - before if device.type == "cpu" else torch.cuda.max_memory_allocated(device)
 
 
 def _work(options: Options, device: torch.device) -> Work:
@@ -89,13 +89,18 @@ def allow_tf32(allowed: bool) -> None:
     torch.backends.cudnn.allow_tf32 = allowed
 
 
-def _status(field: str) -> int:
+def status(field: str) -> int:
     """Bytes of this process in memory: now (VmRSS), or at most so far (VmHWM).
 
     The latter and not `ru_maxrss`, which Linux starts at the peak of the process that started this one.
     """
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def forget_peak() -> None:
+    """From now on VmHWM is as VmRSS is (proc(5), clear_refs)."""
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import cycle, islice
 from pathlib import Path
-from resource import RUSAGE_SELF, getrusage
 from tempfile import TemporaryDirectory
 from typing import Literal
 
@@ -25,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
+from benchmarks.memory import forget_peak, status
 from mmearth_ray.config import micro_batch_of, most_workers
 from mmearth_ray.experiment import Experiment, build_objective, open_experiment
 from mmearth_ray.keys import Config
@@ -49,7 +49,7 @@ LOST = timedelta(minutes=10)
 class Pace:
     """How fast processes trained: tiles per second of all together, CPU seconds per tile; bytes of gradients that each gave to
     the all-reduce in a step (`plain` alone), and bytes that crossed the loopback device meanwhile, for each process and step;
-    the most bytes that were resident in one of them."""
+    the most bytes that were resident in one of them during those steps."""
 
     tiles_per_second: float
     cpu_per_tile: float
@@ -112,6 +112,7 @@ def _process(config: Config, rank: int, store: str, threads: int, warm: int, ste
         step()
     dist.barrier()
     sent.clear()
+    forget_peak()
     loopback = loopback_bytes()
     begin, cpu = time.perf_counter(), time.process_time()
     for _ in range(steps):
@@ -120,7 +121,7 @@ def _process(config: Config, rank: int, store: str, threads: int, warm: int, ste
     dist.barrier()
     loopback = loopback_bytes() - loopback
     dist.destroy_process_group()
-    peak = 1024 * getrusage(RUSAGE_SELF).ru_maxrss
+    peak = status("VmHWM")
     return Pace(steps * size / took, cpu / (steps * size), sum(sent) / steps, loopback / workers / steps, peak)
 
 

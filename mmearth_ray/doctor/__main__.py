@@ -12,7 +12,7 @@ the same words.
 
 usage: python -m mmearth_ray.doctor [CONFIG.yaml ...] [key=value ...]
 
-One line per check: ok, warning or failed, the value, its bound, what to do.  Nothing stays behind.
+One line per check: ok, warning or failed, the value, its bound, what to do.  Nothing stays behind but what is named.
 Exit codes: 0 nothing failed, 1 something did, 2 a wrong command or setting.
 
 """
@@ -25,19 +25,30 @@ def main(arguments: list[str]) -> int:
         return 0
     config = configuration.load(arguments)
 
+    from mmearth_ray.doctor import places
     from mmearth_ray.doctor.case import Case  # torch and Ray take seconds to import; errors above need not wait
     from mmearth_ray.doctor.checks import CHECKS
     from mmearth_ray.doctor.cluster import leave
-    from mmearth_ray.doctor.findings import examine, summary
+    from mmearth_ray.doctor.findings import Finding, examine, summary
     from mmearth_ray.doctor.needs import needs_of
 
-    findings = []
+    findings: list[Finding] = []
+
+    def tell(finding: Finding) -> None:
+        print(finding, flush=True)
+        findings.append(finding)
+
     try:
         for finding in examine(Case(config, needs_of(config)), CHECKS):
-            print(finding, flush=True)
-            findings.append(finding)
+            tell(finding)
     finally:
         leave()
+        for place in places.sweep():
+            tell(
+                Finding(
+                    "warning", "left behind", f"{place} may be there: it could not be removed; do so once that storage answers"
+                )
+            )
     print(summary(findings))
     return 1 if any(finding.level == "failed" for finding in findings) else 0
 

@@ -1,12 +1,14 @@
 """The case: the run that is about to start, and what the checks have found out so far."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from mmearth_ray.doctor.findings import NotChecked
 from mmearth_ray.doctor.judge import Nodes
 from mmearth_ray.doctor.needs import Needs
+from mmearth_ray.errors import UsageError
 from mmearth_ray.keys import EMBEDDED, Config
 from mmearth_ray.pretrain import EMBEDDED_DIRECTORY
 from mmearth_ray.shards.manifest import MANIFEST
@@ -50,6 +52,19 @@ class Case:
         if EMBEDDED in self.config.data.shards and not (EMBEDDED_DIRECTORY / MANIFEST).exists():
             raise NotChecked(f"pretrain makes the embedded data set in {EMBEDDED_DIRECTORY} when it is first used")
         return [EMBEDDED_DIRECTORY if text == EMBEDDED else locate(text, "data.shards") for text in self.config.data.shards]
+
+    @property
+    def shared(self) -> list[Path]:
+        """Local directories that every machine writes to."""
+        kept = self.checkpoints
+        return [self.run, kept] if isinstance(kept, Path) and not kept.is_relative_to(self.run) else [self.run]
+
+    @property
+    def shared_shards(self) -> list[Path]:
+        """Local directories that every machine reads; none where the checks of the data have to say why."""
+        with suppress(NotChecked, UsageError):
+            return [place.resolve() for place in self.shards() if isinstance(place, Path)]
+        return []
 
     def with_ray(self) -> bool:
         """Whether the run uses GPUs.  Raises NotChecked where there is no Ray to ask."""

@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
+from pathlib import Path
 
 from mmearth_ray.config import most_workers, worker_counts
 from mmearth_ray.doctor import judge, machine, places
@@ -15,7 +16,7 @@ from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import open_experiment
 from mmearth_ray.pretrain import check_hang_timeout, check_stays
 from mmearth_ray.progress import counted
-from mmearth_ray.shards.manifest import load_manifest
+from mmearth_ray.shards.manifest import MANIFEST, load_manifest
 from mmearth_ray.stream.cache import Cache
 from mmearth_ray.train.launch import start_ray
 from mmearth_ray.train.room import ask_for, uses_gpus, wait_for_room
@@ -75,15 +76,25 @@ def check_machines(case: Case) -> Iterator[Finding]:
         case.nodes = [(here, judge.Offer(here.cores))]
     else:
         with ExitStack() as stack:
-            with suppress(DataError, OSError):  # of which the check of the run directory tells
-                probe = stack.enter_context(places.made(case.run)) / places.probe_name()
-                stack.callback(probe.unlink, missing_ok=True)
-                probe.write_text(probe.name, encoding="utf-8")
-                wanted = replace(wanted, probe=str(probe), content=probe.name)
-            case.nodes, silent = look_around(wanted)
+            case.nodes, silent = look_around(replace(wanted, shared=_shared(case, stack)))
         for name, reason in silent.items():
             yield Finding("failed", "machines", f"{name}: {reason}; is mmearth_ray with all it needs installed there?")
     yield from judge.sizes(case.nodes)
+
+
+def _shared(case: Case, stack: ExitStack) -> dict[str, machine.Shared]:
+    """What all machines must see, until the stack is left; without what cannot be used here, of which later checks tell."""
+    found = {}
+    for folder in case.shared:
+        with suppress(DataError, OSError):
+            probe = stack.enter_context(places.standing(folder))
+            assert isinstance(probe, Path)
+            probe.write_text(probe.name, encoding="utf-8")
+            found[str(folder)] = machine.Shared(probe, machine.digest_of(probe), written=True)
+    for folder in case.shared_shards:
+        with suppress(OSError):
+            found[str(folder)] = machine.Shared(folder / MANIFEST, machine.digest_of(folder / MANIFEST), written=False)
+    return found
 
 
 def check_what_was_seen(case: Case) -> Iterator[Finding]:
@@ -96,16 +107,17 @@ def check_what_was_seen(case: Case) -> Iterator[Finding]:
     yield from judge.shared_memory(nodes)
     if case.gpus is not None:
         yield from judge.object_store(nodes, needs)
+        yield from judge.ray_disk(nodes, RAY_DIRECTORY, everywhere=True)
+        yield from judge.ray_disk(nodes, SPILL_DIRECTORY, everywhere=False)
     yield from judge.clocks(nodes)
-    if nodes and nodes[0][0].disks.keys() >= {RAY_DIRECTORY}:
-        yield from judge.ray_disk(nodes, RAY_DIRECTORY)
-    if nodes and nodes[0][0].disks.keys() >= {SPILL_DIRECTORY}:
-        yield from judge.ray_disk(nodes, SPILL_DIRECTORY)
     if CHECKPOINTS in case.disks:
         yield from judge.disk("disk", nodes, CHECKPOINTS, needs.checkpoints, "checkpoints")
     if CACHE in case.disks:
         yield from judge.disk("data.cache", nodes, CACHE, case.config.data.cache_gb * 1e9, "shards that are kept")
-    yield from judge.sharing(nodes, str(case.run))
+    for folder in case.shared:
+        yield from judge.sharing(nodes, str(folder), "seen and written")
+    for folder in case.shared_shards:
+        yield from judge.sharing(nodes, str(folder), "seen")
 
 
 def check_all_reduce(case: Case) -> Iterator[Finding]:
@@ -131,7 +143,7 @@ def check_all_reduce(case: Case) -> Iterator[Finding]:
 
 
 def check_run_directory(case: Case) -> Iterator[Finding]:
-    yield _paced("run.directory", f"{case.run}", places.write_and_read(case.run))
+    yield _paced("run.directory", case.config.run.directory, places.write_and_read(case.run))
 
 
 def check_checkpoint_directory(case: Case) -> Iterator[Finding]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import ray
 from ray._private.worker import global_worker
-from ray.exceptions import GetTimeoutError
+from ray.exceptions import GetTimeoutError, RayError
 from ray.util import get_node_ip_address, remove_placement_group
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
@@ -28,6 +28,9 @@ RAY_DIRECTORY, SPILL_DIRECTORY = "Ray's directory", "spilling"
 
 LOOK_SECONDS = 90.0
 """Until a machine has started a worker process and looked at itself: a cold start of Python and torch takes 30 s at worst."""
+
+CLOCK_SECONDS = 10.0
+"""Until a machine that has looked at itself has told its time."""
 
 GROUP_SECONDS = 120.0
 """Until a group of workers has come together, and again until it has added up its buffers; a run gives it 60 s to start."""
@@ -97,17 +100,23 @@ def _name(node: dict[str, Any]) -> str:
     return node["NodeManagerAddress"] + (f" {node['NodeID'][-6:]}" if len(same) > 1 else "")
 
 
-def _offer(resources: dict[str, float], skew: float) -> Offer:
+def _offer(resources: dict[str, float], skew: float | None) -> Offer:
     found = (resources.get(name, 0.0) for name in ("CPU", "GPU", "object_store_memory"))
     return Offer(*found, skew=skew)
 
 
-def _skew(witness: Any) -> float:
-    """How far a machine's clock is ahead, by the quickest of a few answers: half of what it took is what this may be off."""
+def _skew(witness: Any) -> float | None:
+    """How far a machine's clock is ahead, by the quickest of a few answers: half of what it took is what this may be off.
+
+    None if it does not tell its time.
+    """
     found = []
     for _ in range(5):
         begin = time.time()
-        there: float = ray.get(witness.clock.remote(), timeout=10)
+        try:
+            there: float = ray.get(witness.clock.remote(), timeout=CLOCK_SECONDS)
+        except RayError:  # which a timeout is as well
+            return None
         end = time.time()
         found.append((end - begin, there - (begin + end) / 2))
     took, ahead = min(found)

@@ -28,12 +28,13 @@ BF16 = 8.0
 
 
 class Offer(NamedTuple):
-    """What Ray has on a machine: logical CPUs and GPUs, bytes of object store; and how far its clock is ahead, seconds."""
+    """What Ray has on a machine: logical CPUs and GPUs, bytes of object store; and how far its clock is ahead, seconds;
+    None where it did not tell its time."""
 
     cpus: float = 0.0
     gpus: float = 0.0
     store: float = 0.0
-    skew: float = 0.0
+    skew: float | None = 0.0
 
 
 Nodes = Sequence[tuple[Machine, Offer]]
@@ -45,11 +46,12 @@ def size(amount: float) -> str:
     return f"{amount / 1e9:,.1f} GB" if amount >= 1e9 else f"{amount / 1e6:,.1f} MB"
 
 
-def grouped(subject: str, nodes: Nodes, verdict: Callable[[Machine, Offer], Verdict]) -> Iterator[Finding]:
-    """One finding for all machines of which the same is to be said; where there are several kinds, with their names."""
+def grouped(subject: str, nodes: Nodes, verdict: Callable[[Machine, Offer], Verdict | None]) -> Iterator[Finding]:
+    """One finding for all machines of which the same is to be said, with their names; None where nothing is."""
     kinds: dict[Verdict, list[str]] = {}
     for machine, offer in nodes:
-        kinds.setdefault(verdict(machine, offer), []).append(machine.name)
+        if said := verdict(machine, offer):
+            kinds.setdefault(said, []).append(machine.name)
     for (level, text), names in kinds.items():
         shown = ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
         yield Finding(level, subject, f"{text} ({shown})" if len(nodes) > 1 else text)
@@ -122,21 +124,26 @@ def gpus(nodes: Nodes, wanted: bool, precision: str) -> Iterator[Finding]:
 
 
 def memory(nodes: Nodes, wanted: bool, needs: Needs, workers: int) -> Iterator[Finding]:
-    """Whether weights, gradients and moments of the workers that a machine takes fit; activations come on top."""
-    what = f"a worker's weights, gradients and moments take {size(needs.state)}, activations come on top"
+    """Whether what the workers of a machine hold beside activations fits; those come on top."""
 
     def verdict(machine: Machine, offer: Offer) -> Verdict:
-        if wanted and machine.gpus:
+        on_gpus = bool(wanted and machine.gpus)
+        taken = needs.state - needs.offloaded if on_gpus else needs.state
+        text = f"a worker's weights, gradients, moments and buffers take {size(taken)}, activations come on top"
+        here = min(workers, int(offer.gpus if on_gpus else offer.cpus)) or 1
+        store = f" less {size(offer.store)} object store" if offer.store else ""
+        host = f"{counted(here, 'worker')} on {size(machine.memory)}{store}"
+        room = machine.memory - offer.store
+        if on_gpus:
             least = min(gpu.memory for gpu in machine.gpus)
-            fits = not least or needs.state < least  # 0: the driver does not tell
-            place = f"a GPU has {size(least)}"
+            fits = (not least or taken < least) and here * needs.offloaded < room  # 0: the driver does not tell
+            text += f"; a GPU has {size(least)}"
+            text += f"; train.offload takes {size(needs.offloaded)} of the host for each: {host}" if needs.offloaded else ""
         else:
-            here = min(workers, int(offer.cpus)) or 1
-            fits = here * needs.state < machine.memory - offer.store
-            store = f" less {size(offer.store)} object store" if offer.store else ""
-            place = f"{counted(here, 'worker')} on {size(machine.memory)}{store}"
+            fits = here * taken < room
+            text += f"; {host}"
         advice = "" if fits else "; use train.engine=zero3, a smaller model.size or larger machines"
-        return ("ok" if fits else "failed"), f"{what}; {place}{advice}"
+        return ("ok" if fits else "failed"), f"{text}{advice}"
 
     yield from grouped("memory", [n for n in nodes if not wanted or n[1].gpus] or nodes, verdict)
 
@@ -167,11 +174,13 @@ def object_store(nodes: Nodes, needs: Needs) -> Iterator[Finding]:
         yield Finding("ok", "object store", text)
 
 
-def ray_disk(nodes: Nodes, use: str) -> Iterator[Finding]:
-    """Whether Ray can log, and spill what its object store does not hold."""
+def ray_disk(nodes: Nodes, use: str, *, everywhere: bool) -> Iterator[Finding]:
+    """Whether Ray can log, and spill what its object store does not hold; `everywhere`: every machine has such a disk."""
 
-    def verdict(machine: Machine, _: Offer) -> Verdict:
-        disk = machine.disks[use]
+    def verdict(machine: Machine, _: Offer) -> Verdict | None:
+        disk = machine.disks.get(use)
+        if disk is None:
+            return ("warning", "not checked: Ray does not tell where it is; see that its disk has room") if everywhere else None
         text = f"{size(disk.free)} of {size(disk.total)} free at {disk.path}"
         advice = "free some, or start Ray with --temp-dir and --object-spilling-directory on a larger disk"
         if disk.free < (1 - SPILL_SHARE) * disk.total:
@@ -194,25 +203,33 @@ def disk(subject: str, nodes: Nodes, use: str, wanted: float, what: str) -> Iter
     yield from grouped(subject, nodes, verdict)
 
 
-def sharing(nodes: Nodes, run: str) -> Iterator[Finding]:
-    """Whether all machines have the same run directory."""
+def sharing(nodes: Nodes, folder: str, done: str) -> Iterator[Finding]:
+    """Whether all machines have the same directory; done: what they all do there, as "seen and written"."""
 
     def verdict(machine: Machine, _: Offer) -> Verdict:
-        return ("failed", f"{run}: {machine.unshared}") if machine.unshared else ("ok", f"{run} is seen and written by all")
+        reason = machine.unshared.get(folder)
+        if reason is None:
+            return "warning", f"{folder}: not checked, for this command cannot use it"
+        return ("failed", f"{folder}: {reason}") if reason else ("ok", f"{folder} is {done} by all")
 
-    if len(nodes) > 1:
+    if len(nodes) > 1 or any(machine.unshared.get(folder) for machine, _ in nodes):
         yield from grouped("shared directory", nodes, verdict)
 
 
 def clocks(nodes: Nodes) -> Iterator[Finding]:
     if len(nodes) < 2:
         return
-    machine, offer = max(nodes, key=lambda node: abs(node[1].skew))
-    text = f"at most {abs(offer.skew):.3f} s from this machine's ({machine.name})"
-    if abs(offer.skew) < SKEW_WARNING:
+    silent: Verdict = "warning", "not checked: no answer when asked for the time; look at the machine's load and network"
+    yield from grouped("clocks", nodes, lambda _, offer: silent if offer.skew is None else None)
+    known = [(abs(offer.skew), machine.name) for machine, offer in nodes if offer.skew is not None]
+    if not known:
+        return
+    skew, name = max(known)
+    text = f"at most {skew:.3f} s from this machine's ({name})"
+    if skew < SKEW_WARNING:
         yield Finding("ok", "clocks", f"{text}, {SKEW_WARNING:g} s are allowed")
     else:
-        level: Level = "failed" if abs(offer.skew) >= SKEW_FAILURE else "warning"
+        level: Level = "failed" if skew >= SKEW_FAILURE else "warning"
         yield Finding(
             level, "clocks", f"{text}, {SKEW_WARNING:g} s are allowed, and a store refuses {SKEW_FAILURE:g}; start NTP"
         )

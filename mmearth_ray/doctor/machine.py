@@ -1,8 +1,9 @@
-"""What a machine is: versions, GPUs, memory, disks, limits, and whether it sees the run directory that the others see.
+"""What a machine is: versions, GPUs, memory, disks, limits, and whether it sees the directories that the others see.
 
 Looked at by the machine itself, as a Ray actor on every node; nothing here knows Ray.
 """
 
+import hashlib
 import os
 import platform
 import resource
@@ -11,7 +12,7 @@ import socket
 import subprocess
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import NamedTuple
@@ -40,21 +41,28 @@ class Gpu(NamedTuple):
     driver: str
 
 
+class Shared(NamedTuple):
+    """A file that all machines must see: where, the digest of its content, and whether they must write beside it."""
+
+    file: Path
+    digest: str
+    written: bool
+
+
 @dataclass(frozen=True)
 class Wanted:
-    """What a machine is to look at: disks by what they are for, and the file in the run directory that all must see.
-
-    `probe` is empty where the run directory could not be written to begin with.
-    """
+    """What a machine is to look at: disks by what they are for, and by directory the file there that all must see."""
 
     disks: Mapping[str, Path]
-    probe: str = ""
-    content: str = ""
+    shared: Mapping[str, Shared] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Machine:
-    """What a machine says of itself.  `memory` bytes; `unshared`: why the run directory is not the one of the others."""
+    """What a machine says of itself.
+
+    `memory` bytes; `unshared`: for each directory that was tried, why it is not the one of the others, "" if it is.
+    """
 
     name: str
     versions: Mapping[str, str]
@@ -64,7 +72,7 @@ class Machine:
     gpus: tuple[Gpu, ...]
     disks: Mapping[str, Disk]
     shared_memory: Disk | None
-    unshared: str = ""
+    unshared: Mapping[str, str] = field(default_factory=dict)
 
 
 def look(wanted: Wanted, name: str = "") -> Machine:
@@ -79,7 +87,7 @@ def look(wanted: Wanted, name: str = "") -> Machine:
         gpus=gpus(),
         disks={use: disk_of(path) for use, path in wanted.disks.items()},
         shared_memory=disk_of(shared) if shared else None,
-        unshared=_unshared(Path(wanted.probe), wanted.content) if wanted.probe else "",
+        unshared={folder: _unshared(shared) for folder, shared in wanted.shared.items()},
     )
 
 
@@ -138,17 +146,27 @@ def _number(text: str) -> float:
         return 0.0
 
 
-def _unshared(probe: Path, content: str) -> str:
-    """Why this machine has another directory than the one that wrote the probe, or cannot write there; "" if all is well."""
-    with suppress(OSError):
-        if probe.read_text(encoding="utf-8") == content:
-            own = probe.with_name(f"{probe.name}.{socket.gethostname()}.{os.getpid()}")
-            try:
-                own.write_text(content, encoding="utf-8")
-            except OSError as error:
-                return write_failure(own, error)
-            finally:
-                with suppress(OSError):
-                    own.unlink(missing_ok=True)
-            return ""
-    return "does not see what this machine wrote there; put it on storage that all machines share"
+def digest_of(file: Path) -> str:
+    """Of the content of a file.  Raises OSError."""
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _unshared(shared: Shared) -> str:
+    """Why this machine has another directory than the one that asks, or cannot write there; "" if all is well."""
+    try:
+        same = digest_of(shared.file) == shared.digest
+    except OSError:
+        same = False
+    if not same:
+        return f"does not see the {shared.file.name} that this command sees there; put it on storage that all machines share"
+    if not shared.written:
+        return ""
+    own = shared.file.with_name(f"{shared.file.name}.{socket.gethostname()}.{os.getpid()}")
+    try:
+        own.write_text("", encoding="utf-8")
+    except OSError as error:
+        return f"{write_failure(own, error)}; correct the permissions there"
+    finally:
+        with suppress(OSError):
+            own.unlink(missing_ok=True)
+    return ""

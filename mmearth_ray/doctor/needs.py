@@ -9,6 +9,8 @@ from mmearth_ray.config import input_of, micro_batch_of, most_workers, targets_o
 from mmearth_ray.keys import Config
 from mmearth_ray.model.encoder import Stem
 from mmearth_ray.model.mpmae import build_mpmae
+from mmearth_ray.plan.memory import peak
+from mmearth_ray.plan.passes import Bytes, Moment, Passes
 from mmearth_ray.stream.prepare import SampleSpec, bytes_per_tile
 from mmearth_ray.train.room import STORE_SHARE
 
@@ -18,30 +20,43 @@ FLOAT = 4
 
 @dataclass(frozen=True)
 class Needs:
-    """Bytes: the gradients of a step; weights, gradients and moments that a worker holds; the checkpoints kept; and what the
-    batches that are ready or under way for all workers take of the object stores together."""
+    """Bytes: the gradients of a step; what a worker holds beside activations, and what of that train.offload keeps in the
+    memory of a GPU's host; the checkpoints kept; and what the batches that are ready or under way for all workers take of the
+    object stores together."""
 
     weights: int
     gradients: int
     state: int
+    offloaded: int
     checkpoints: int
     store: int
 
 
 def needs_of(config: Config) -> Needs:
     """What the run takes with the most workers that it may have."""
-    workers, weights = most_workers(config), count_weights(config)
+    workers, parameters = most_workers(config), _parameters(config)
+    weights = sum(parameters)
+    micro = micro_batch_of(config, workers)
+    held = peak(
+        config.train.engine, [_without_activations(parameters)], micro, workers, config.train.global_batch // workers // micro
+    )
     return Needs(
         weights=weights,
         gradients=weights * FLOAT,
-        state=_state(config, weights, workers),
+        state=int(held.total),
+        offloaded=int(held.optimizer) if config.train.offload else 0,
         checkpoints=_checkpoints(config) * weights * 3 * FLOAT,
         store=int(workers * _tiles_ahead(config, workers) * _tile(config) / STORE_SHARE),
     )
 
 
 def count_weights(config: Config) -> int:
-    """Parameters of the model, which is built without memory."""
+    """Elements of the model's parameters."""
+    return sum(_parameters(config))
+
+
+def _parameters(config: Config) -> tuple[int, ...]:
+    """Elements of each parameter of the model, which is built without memory."""
     model = config.model
     others = dict.fromkeys(patch for _, patch in turns_of(model) if patch != model.patch_size)
     with torch.device("meta"):
@@ -50,14 +65,12 @@ def count_weights(config: Config) -> int:
             patch_size=model.patch_size, targets=targets_of(config), stem=cast(Stem, model.stem),
             decoder_width=model.decoder_width, decoder_depth=model.decoder_depth, others=tuple(others),
         )  # fmt: skip
-    return sum(parameter.numel() for parameter in network.parameters())
+    return tuple(parameter.numel() for parameter in network.parameters())
 
 
-def _state(config: Config, weights: int, workers: int) -> int:
-    """Bytes of weights, gradients and moments in a worker's device: each whole, or the worker's part of it (ZeRO 1, 2, 3)."""
-    stage = {"ddp": 0, "zero1": 1, "zero2": 2, "zero3": 3}[config.train.engine]
-    moments = 0 if config.train.offload else 2 / (workers if stage >= 1 else 1)
-    return int(weights * FLOAT * (1 / (workers if stage >= 3 else 1) + 1 / (workers if stage >= 2 else 1) + moments))
+def _without_activations(parameters: tuple[int, ...]) -> Passes:
+    """The end of the backward pass, when all gradients are there and nothing else is."""
+    return Passes(parameters, (Moment((Bytes(0, 0),), sum(parameters)),))
 
 
 def _checkpoints(config: Config) -> int:

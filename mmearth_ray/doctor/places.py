@@ -2,17 +2,21 @@
 
 import os
 import secrets
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from mmearth_ray.copies import scratch, upload
 from mmearth_ray.errors import DataError
 from mmearth_ray.files import complete_or_absent, write_failure
 from mmearth_ray.shards.manifest import Manifest
 from mmearth_ray.storage import Location, read_ranges, remove
+
+if TYPE_CHECKING:
+    from upath import UPath
 
 PROBE = 64 << 20
 """Bytes that are written and read: a few dozen requests' worth, so that one slow answer does not decide."""
@@ -33,9 +37,64 @@ class Speed(NamedTuple):
         return f"{self.size / 1e6:,.1f} MB {shown}"
 
 
-def probe_name() -> str:
-    """The name of a temporary object, which no other takes."""
-    return f".mmearth-ray-doctor-{secrets.token_hex(4)}"
+_standing: dict[Location, list[Path]] = {}
+"""Temporary objects that may be there now, and the directories that were made for each."""
+
+
+@contextmanager
+def standing(folder: Location) -> Iterator[Location]:
+    """A place for a temporary object, whose name no other takes; what is there in the end goes, and the folder if it is new.
+
+    Raises DataError if the folder cannot be made.
+    """
+    place = folder / f".mmearth-ray-doctor-{secrets.token_hex(4)}"
+    missing = _missing(folder) if isinstance(folder, Path) else []
+    with made(folder) if isinstance(folder, Path) else nullcontext():
+        _standing[place] = missing
+        try:
+            yield place
+        finally:
+            with suppress(OSError):
+                _clear(place)
+                _standing.pop(place, None)
+
+
+def _clear(place: Location) -> None:
+    """Remove a temporary object, and what has its name in its own: half of it, or what other machines wrote beside it."""
+    if not isinstance(place, Path):
+        remove(place)
+        return
+    for path in place.parent.glob(f"*{place.name}*"):
+        path.unlink(missing_ok=True)
+
+
+def sweep(seconds: float = 10.0) -> list[Location]:
+    """Remove what checks left that were given up or met a store that went away; what may still be there after so long."""
+
+    def clear(place: Location, folders: list[Path]) -> None:
+        with suppress(DataError, OSError):
+            _clear(place)
+            _remove_empty(folders)
+            _standing.pop(place, None)
+
+    waiting = [threading.Thread(target=clear, args=left, daemon=True) for left in list(_standing.items())]
+    for thread in waiting:
+        thread.start()
+    end = time.monotonic() + seconds
+    for thread in waiting:
+        thread.join(max(0.0, end - time.monotonic()))
+    return list(_standing)
+
+
+def _missing(folder: Path) -> list[Path]:
+    """Directories that are to be made for this one, the innermost first."""
+    return [path for path in (folder, *folder.parents) if not path.exists()]
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    with suppress(OSError):
+        for path in folders:
+            path.rmdir()
 
 
 @contextmanager
@@ -44,7 +103,7 @@ def made(folder: Path) -> Iterator[Path]:
 
     Raises DataError if it cannot be made.
     """
-    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    missing = _missing(folder)
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -52,44 +111,36 @@ def made(folder: Path) -> Iterator[Path]:
     try:
         yield folder
     finally:
-        with suppress(OSError):
-            for path in missing:
-                path.rmdir()
+        _remove_empty(missing)
 
 
 def write_and_read(folder: Location, size: int = PROBE) -> Speed:
     """Write a temporary object of that many bytes, read it and remove it.  Raises DataError."""
-    if isinstance(folder, Path):
-        with made(folder):
-            return _local(folder / probe_name(), size)
-    place = folder / probe_name()
+    with standing(folder) as place:
+        return _local(place, size) if isinstance(place, Path) else _remote(place, size)
+
+
+def _remote(place: "UPath", size: int) -> Speed:
     with scratch() as near:
         local = near / place.name
         _fill(local, size)
-        try:
-            begin = time.perf_counter()
-            upload(local, place)
-            written = time.perf_counter()
-            (data,), _ = read_ranges(place, [(0, size)])
-            end = time.perf_counter()
-            if data != local.read_bytes():
-                raise DataError(f"{place}: what was read is not what was written; do not use this store")
-        finally:
-            remove(place)
+        begin = time.perf_counter()
+        upload(local, place)
+        written = time.perf_counter()
+        (data,), _ = read_ranges(place, [(0, size)])
+        end = time.perf_counter()
+        if data != local.read_bytes():
+            raise DataError(f"{place}: what was read is not what was written; do not use this store")
     return Speed(size, end - written, written - begin)
 
 
 def _local(path: Path, size: int) -> Speed:
-    try:
-        begin = time.perf_counter()
-        with complete_or_absent(path) as temporary:
-            _fill(temporary, size)
-        written = time.perf_counter()
-        _read(path, size)
-        return Speed(size, time.perf_counter() - written, written - begin)
-    finally:
-        with suppress(OSError):
-            path.unlink(missing_ok=True)
+    begin = time.perf_counter()
+    with complete_or_absent(path) as temporary:
+        _fill(temporary, size)
+    written = time.perf_counter()
+    _read(path, size)
+    return Speed(size, time.perf_counter() - written, written - begin)
 
 
 def _fill(path: Path, size: int) -> None:

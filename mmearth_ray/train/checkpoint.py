@@ -92,17 +92,18 @@ def save(
     keep_every: int = 0,
     team: Team = ALONE,
     check: Callable[[], object] = lambda: None,
+    mark: str = "",
 ) -> Location:
     """Write and commit a checkpoint, then remove all but the newest `keep` (0: none) and those of every `keep_every` steps.
 
     All workers of a team call it.  `check` raises DataError where this team may not save: it is asked by the first worker
-    before anything is touched, and again before the commit.  Raises DataError then, and if the disk or the store does not take
-    it; what was committed before stays.
+    before anything is touched, and again before the commit.  `mark` is the team's own, so that no other writes where it does
+    before the commit.  Raises DataError then, and if the disk or the store does not take it; what was committed before stays.
     """
     final = checkpoint_path(folder, state.step)
     tensors_of = {CHECKPOINT_FILE: weights, MOMENTS_FILE: moments}
     if isinstance(final, Path):
-        _save_locally(final, state, tensors_of, team, check)
+        _save_locally(final, state, tensors_of, team, check, mark)
     else:
         _put(final, state, tensors_of, team, check)
     if keep and team.rank == 0:
@@ -114,9 +115,14 @@ def save(
 
 
 def _save_locally(
-    final: Path, state: State, tensors_of: Mapping[str, Mapping[str, Tensor]], team: Team, check: Callable[[], object]
+    final: Path,
+    state: State,
+    tensors_of: Mapping[str, Mapping[str, Tensor]],
+    team: Team,
+    check: Callable[[], object],
+    mark: str,
 ) -> None:
-    incoming = final.parent / INCOMING / final.name
+    incoming = final.parent / INCOMING / ".".join(filter(None, (final.name, mark)))
     with team.together(final):
         if team.rank == 0:
             check()
@@ -153,6 +159,7 @@ def _put(
     def put(file: str, tensors: dict[str, Tensor]) -> None:
         with scratch() as local:
             save_file(tensors, local / file)
+            check()  # here everyone writes to the same names
             upload(local / file, final / file)
 
     with team.together(final):

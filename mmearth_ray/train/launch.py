@@ -99,7 +99,7 @@ def _hold_statistics_here() -> None:
 
     It outlives the run, and a machine that has it is never idle: a cluster would not take that one away again.
     """
-    with suppress(ImportError):  # Ray's own function, but no public one: another version may lack it
+    with suppress(Exception):  # Ray's own function, but no public one; without it the actor starts where Ray likes
         from ray.data._internal.stats import get_or_create_stats_actor
 
         get_or_create_stats_actor()

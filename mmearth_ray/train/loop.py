@@ -254,8 +254,8 @@ def _save(experiment: Experiment, guard: Guard, worker: Worker, step: int, journ
         description=description_of(experiment, step).to_json(),
         skipped_steps=guard.skipped, skipped_in_a_row=guard.in_a_row,
     )  # fmt: skip
-    mine = partial(require_claim, experiment)
-    checkpoint.save(folder, state, engine.weights(), engine.moments(), kept.keep, kept.keep_every, team, mine)
+    mine, mark = partial(require_claim, experiment), experiment.claim.replace("/", "-")
+    checkpoint.save(folder, state, engine.weights(), engine.moments(), kept.keep, kept.keep_every, team, mine, mark)
 
 
 def _draw(experiment: Experiment, engine: Engine, worker: Worker, step: int, metrics: Metrics | None) -> None:

@@ -13,7 +13,6 @@ import torch
 
 from mmearth_ray.experiment import Experiment
 from mmearth_ray.patience import note
-from mmearth_ray.progress import counted
 from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.train.engine import Engine, to_device
 from mmearth_ray.train.engines import skips
@@ -41,10 +40,12 @@ class Blame:
         """What happened, for people."""
         if not self.targets:
             return f"the gradient of step {step} is not finite, though its loss is: no tile is known to be the cause"
-        named = f"tile{'s' if self.tiles > 1 else ''} {', '.join(self.ids)}"
         more = f" and {self.tiles - len(self.ids)} more" if self.tiles > len(self.ids) else ""
-        which = {0: "none of its tiles by itself", global_batch: f"every one of its {counted(global_batch, 'tile')}"}
-        return f"the loss of step {step} is not finite ({', '.join(self.targets)}), by {which.get(self.tiles, named + more)}"
+        which = (
+            f"tile{'s' if self.tiles > 1 else ''} {', '.join(self.ids)}{more}" if self.tiles else "none of its tiles by itself"
+        )
+        which = f"every one of its {which}" if 1 < self.tiles == global_batch else which
+        return f"the loss of step {step} is not finite ({', '.join(self.targets)}), by {which}"
 
 
 @dataclass

@@ -1,5 +1,6 @@
 """The checks of a case without a cluster: what stands in the way of the run is found, and all else is looked at."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -7,9 +8,11 @@ from s3_server import S3
 from tiny_earth import make_data_set
 
 from mmearth_ray.config import load
+from mmearth_ray.doctor import checks, machine
 from mmearth_ray.doctor.case import Case
 from mmearth_ray.doctor.checks import CHECKS
-from mmearth_ray.doctor.findings import Finding, examine
+from mmearth_ray.doctor.findings import Check, Finding, examine
+from mmearth_ray.doctor.judge import Nodes, Offer
 from mmearth_ray.doctor.needs import needs_of
 
 WITHOUT_RAY = [check for check in CHECKS if check.subject not in ("Ray", "room")]
@@ -97,3 +100,43 @@ def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     )
     assert [finding.subject for finding in findings if finding.level == "failed"] == ["data.cache"]
     assert f"cannot write {tmp_path}/file/cache: " in findings[-2].text
+
+
+def several(*arguments: str, monkeypatch: pytest.MonkeyPatch, lost: str = "") -> list[str]:
+    """What is said of shared directories by two machines, of which the second lacks one of them."""
+
+    def look_around(wanted: machine.Wanted) -> tuple[Nodes, dict[str, str]]:
+        own = machine.look(wanted, "a")
+        other = {folder: "is another one" if folder == lost else said for folder, said in own.unshared.items()}
+        return [(own, Offer(1)), (replace(own, name="b", unshared=other), Offer(1))], {}
+
+    monkeypatch.setattr(checks, "look_around", look_around)
+    config = load(["model.image_size=16", "model.decoder_width=32", "model.targets=[aster]", *arguments])
+    case = Case(config, needs_of(config), gpus=False)
+    looks = [Check("machines", look) for look in (checks.check_machines, checks.check_what_was_seen)]
+    return [f"{f.level} {f.text}" for f in examine(case, looks) if f.subject == "shared directory"]
+
+
+def test_every_machine_must_see_the_run_the_checkpoints_and_the_shards(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    data = make_data_set(tmp_path / "data").directory
+    run, kept = tmp_path / "run", tmp_path / "kept"
+    given = [f"data.shards={data}", f"run.directory={run}", f"checkpoint.directory={kept}"]
+    assert several(*given, monkeypatch=monkeypatch) == [
+        f"ok {run} is seen and written by all (a, b)",
+        f"ok {kept} is seen and written by all (a, b)",
+        f"ok {data} is seen by all (a, b)",
+    ]
+    for lost in (run, kept, data):
+        assert f"failed {lost}: is another one (b)" in several(*given, monkeypatch=monkeypatch, lost=str(lost))
+    below = several(*given[:2], f"checkpoint.directory={run}/kept", monkeypatch=monkeypatch)
+    assert [line.split()[1] for line in below] == [str(run), str(data)]
+    assert [path.name for path in tmp_path.iterdir()] == ["data"]
+
+
+def test_a_run_directory_that_cannot_be_written_is_not_said_to_be_shared(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").write_text("")
+    run = tmp_path / "file" / "run"
+    lines = several("data.shards=s3://nowhere/earth", f"run.directory={run}", monkeypatch=monkeypatch)
+    assert lines == [f"warning {run}: not checked, for this command cannot use it (a, b)"]

@@ -8,11 +8,13 @@ from pathlib import Path
 import pytest
 import ray
 from command import descendants, title_of
+from ray._private.worker import global_worker
 
 from mmearth_ray.cluster import join_or_start
+from mmearth_ray.doctor import cluster
 from mmearth_ray.doctor.cluster import RAY_DIRECTORY, add_up, leave, look_around
 from mmearth_ray.doctor.group import Member
-from mmearth_ray.doctor.machine import Wanted
+from mmearth_ray.doctor.machine import Shared, Wanted, digest_of
 from mmearth_ray.errors import DataError
 
 
@@ -46,16 +48,31 @@ def test_no_place_for_the_workers_is_said() -> None:
 
 
 def test_every_machine_is_looked_at(tmp_path: Path) -> None:
-    (tmp_path / "probe").write_text("word")
-    nodes, silent = look_around(Wanted({"run": tmp_path}, str(tmp_path / "probe"), "word"))
+    probe = tmp_path / "probe"
+    probe.write_text("word")
+    nodes, silent = look_around(Wanted({"run": tmp_path}, {"run": Shared(probe, digest_of(probe), written=True)}))
     ((machine, offer),) = nodes
     assert silent == {}
     assert machine.name == "127.0.0.1"
-    assert machine.unshared == ""
+    assert machine.unshared == {"run": ""}
     assert offer.cpus == 4
     assert offer.store > 1e6
+    assert offer.skew is not None
     assert abs(offer.skew) < 0.5
-    assert Path(machine.disks[RAY_DIRECTORY].path).is_relative_to("/")
+    assert machine.disks[RAY_DIRECTORY].path == global_worker.node.get_session_dir_path()
+
+
+def test_a_machine_that_answers_but_does_not_tell_its_time_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Sleepy(cluster.Witness):
+        def clock(self) -> float:
+            time.sleep(60)
+            return 0.0
+
+    monkeypatch.setattr(cluster, "Witness", Sleepy)
+    monkeypatch.setattr(cluster, "CLOCK_SECONDS", 0.2)
+    nodes, silent = look_around(Wanted({}))
+    assert silent == {}
+    assert [(machine.name, offer.skew) for machine, offer in nodes] == [("127.0.0.1", None)]
 
 
 def test_a_machine_that_does_not_answer_is_named() -> None:

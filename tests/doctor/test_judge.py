@@ -11,7 +11,7 @@ from mmearth_ray.doctor.machine import Disk, Gpu, Machine
 from mmearth_ray.doctor.needs import Needs
 
 L4 = Gpu("NVIDIA L4", 24 * 10**9, 8.9, "550.90")
-NEEDS = Needs(weights=10**6, gradients=4 * 10**6, state=16 * 10**6, checkpoints=48 * 10**6, store=10**9)
+NEEDS = Needs(weights=10**6, gradients=4 * 10**6, state=16 * 10**6, offloaded=0, checkpoints=48 * 10**6, store=10**9)
 HERE = Machine(
     "a", {"python": "3.11.7", "torch": "2.13.0"}, cores=8, memory=32 * 10**9, open_files=65536, gpus=(),
     disks={"run": Disk("/run", 10**12, 10**11)}, shared_memory=Disk("/dev/shm", 16 * 10**9, 10**9),
@@ -85,6 +85,13 @@ def test_memory_of_workers_on_a_machine_and_on_a_gpu() -> None:
     found = one(list(judge.memory([node, gpus], True, replace(NEEDS, state=24 * 10**9), 2)))
     assert found.level == "failed"
     assert "a GPU has 24.0 GB" in found.text
+    offloading = replace(NEEDS, state=30 * 10**9, offloaded=12 * 10**9)
+    found = one(list(judge.memory([(gpus[0], Offer(8, 1, 9e9))], True, offloading, 1)))
+    assert found.level == "ok"
+    assert "buffers take 18.0 GB, " in found.text
+    assert "train.offload takes 12.0 GB of the host for each: 1 worker on 32.0 GB less 9.0 GB object store" in found.text
+    assert one(list(judge.memory([(gpus[0], Offer(8, 2, 9e9))], True, offloading, 2))).level == "failed"  # 24 of 23 GB
+    assert one(list(judge.memory([node], False, offloading, 1))).level == "failed"  # CPUs share the host's memory
     unknown = (replace(HERE, gpus=(L4._replace(memory=0),)), Offer(8, 1))
     assert one(list(judge.memory([unknown], True, large, 1))).level == "ok"
 
@@ -111,7 +118,17 @@ def test_the_object_stores_count_together(store: float, level: str) -> None:
 )
 def test_the_disk_that_ray_writes_to(total: float, free: float, level: str) -> None:
     machine = replace(HERE, disks={"Ray's directory": Disk("/tmp", int(total), int(free))})
-    assert one(list(judge.ray_disk([(machine, OFFER)], "Ray's directory"))).level == level
+    assert one(list(judge.ray_disk([(machine, OFFER)], "Ray's directory", everywhere=True))).level == level
+
+
+def test_a_machine_that_does_not_tell_its_disk_is_named_and_the_others_are_judged() -> None:
+    knowing = replace(HERE, disks={"spilling": Disk("/tmp", 10**12, 10**9)})
+    for nodes in ([(knowing, OFFER), (THERE, OFFER)], [(THERE, OFFER), (knowing, OFFER)]):
+        found = one(list(judge.ray_disk(nodes, "spilling", everywhere=False)))
+        assert (found.level, found.text.endswith("on a larger disk (a)")) == ("warning", True)
+        found = sorted(judge.ray_disk(nodes, "spilling", everywhere=True), key=lambda finding: finding.text)
+        assert [finding.level for finding in found] == ["warning", "warning"]
+        assert found[1].text == "not checked: Ray does not tell where it is; see that its disk has room (b)"
 
 
 def test_a_full_disk_is_named_with_what_the_run_takes() -> None:
@@ -122,10 +139,18 @@ def test_a_full_disk_is_named_with_what_the_run_takes() -> None:
 
 
 def test_a_directory_that_is_not_shared_fails_on_the_machines_concerned() -> None:
-    assert not list(judge.sharing([(HERE, OFFER)], "/run"))
-    assert one(list(judge.sharing([(HERE, OFFER), (THERE, OFFER)], "/run"))).level == "ok"
-    found = list(judge.sharing([(HERE, OFFER), (replace(THERE, unshared="does not see it"), OFFER)], "/run"))
+    here, there = (replace(machine, unshared={"/run": ""}) for machine in (HERE, THERE))
+    assert not list(judge.sharing([(here, OFFER)], "/run", "seen"))
+    assert one(list(judge.sharing([(here, OFFER), (there, OFFER)], "/run", "seen"))).level == "ok"
+    lacking = replace(THERE, unshared={"/run": "does not see it"})
+    found = list(judge.sharing([(here, OFFER), (lacking, OFFER)], "/run", "seen"))
     assert found[1] == ("failed", "shared directory", "/run: does not see it (b)")
+    assert one(list(judge.sharing([(lacking, OFFER)], "/run", "seen"))).level == "failed"  # not this command's machine
+
+
+def test_a_directory_that_was_not_tried_is_not_said_to_be_shared() -> None:
+    found = one(list(judge.sharing([(HERE, OFFER), (THERE, OFFER)], "/run", "seen")))
+    assert found == ("warning", "shared directory", "/run: not checked, for this command cannot use it (a, b)")
 
 
 @pytest.mark.parametrize(("skew", "level"), [(0.9, "ok"), (-1.1, "warning"), (901.0, "failed")])
@@ -134,3 +159,13 @@ def test_clocks(skew: float, level: str) -> None:
     found = one(list(judge.clocks([(HERE, OFFER), (THERE, Offer(skew=skew))])))
     assert found.level == level
     assert "(b)" in found.text
+
+
+def test_a_machine_that_does_not_tell_its_time_is_named_and_the_others_are_judged() -> None:
+    found = list(judge.clocks([(HERE, OFFER), (THERE, Offer(skew=None))]))
+    assert [(finding.level, finding.text.split(":")[0][:11]) for finding in found] == [
+        ("warning", "not checked"), ("ok", "at most 0.0"),
+    ]  # fmt: skip
+    assert found[0].text.endswith("(b)")
+    silent = [(replace(HERE, name=name), Offer(skew=None)) for name in "ab"]
+    assert one(list(judge.clocks(silent))).level == "warning"

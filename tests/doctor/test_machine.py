@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from mmearth_ray.doctor import machine
-from mmearth_ray.doctor.machine import Wanted, disk_of, look, read_gpu, versions
+from mmearth_ray.doctor.machine import Shared, Wanted, digest_of, disk_of, look, read_gpu, versions
 
 
 def test_the_machine_is_described(tmp_path: Path) -> None:
@@ -49,13 +49,32 @@ def test_nvidia_smi_is_asked_and_may_be_absent(tmp_path: Path, monkeypatch: pyte
 
 def test_a_directory_that_is_another_one_is_noticed_and_nothing_is_left_in_it(tmp_path: Path) -> None:
     probe = tmp_path / ".probe"
-    absent = look(Wanted({}, str(probe), "word"))
-    assert absent.unshared.startswith("does not see what this machine wrote there")
     probe.write_text("word")
-    assert look(Wanted({}, str(probe), "word")).unshared == ""
-    assert look(Wanted({}, str(probe), "other")).unshared != ""
-    assert look(Wanted({})).unshared == ""
+    wanted = Wanted({}, {"run": Shared(probe, digest_of(probe), written=True)})
+    assert look(wanted).unshared == {"run": ""}
+    probe.write_text("other")
+    assert look(wanted).unshared["run"].startswith("does not see the .probe that this command sees there; put it on storage")
     assert [path.name for path in tmp_path.iterdir()] == [".probe"]
+    probe.unlink()
+    assert look(wanted).unshared["run"].startswith("does not see the .probe ")
+    assert look(Wanted({})).unshared == {}
+
+
+def test_a_directory_that_is_seen_must_be_written_to_only_where_the_run_writes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    probe = tmp_path / "manifest.json"
+    probe.write_text("word")
+    shared = Shared(probe, digest_of(probe), written=True)
+
+    def refuse(path: Path, text: str, encoding: str) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    found = look(Wanted({}, {"run": shared, "shards": shared._replace(written=False)})).unshared
+    assert found["run"].startswith(f"cannot write {tmp_path}/manifest.json.")
+    assert found["run"].endswith(": Permission denied; correct the permissions there")
+    assert found["shards"] == ""
 
 
 def test_a_disk_is_found_from_what_is_there(tmp_path: Path) -> None:

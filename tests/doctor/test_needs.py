@@ -4,32 +4,46 @@ import pytest
 
 from mmearth_ray.config import load, targets_of
 from mmearth_ray.doctor.needs import count_weights, needs_of
-from mmearth_ray.model.mpmae import build_mpmae
+from mmearth_ray.keys import Config
+from mmearth_ray.model.mpmae import MPMAE, build_mpmae
 
 SMALL = ["model.image_size=32", "model.decoder_width=64", "model.targets=[sentinel2,biome]", "train.global_batch=16"]
 
 
+def built(config: Config) -> MPMAE:
+    return build_mpmae(size="atto", in_channels=12, image_size=32, patch_size=8, targets=targets_of(config), decoder_width=64)
+
+
 def test_weights_are_those_of_the_model() -> None:
     config = load(SMALL)
-    model = build_mpmae(size="atto", in_channels=12, image_size=32, patch_size=8, targets=targets_of(config), decoder_width=64)
-    assert count_weights(config) == sum(parameter.numel() for parameter in model.parameters())
+    assert count_weights(config) == sum(parameter.numel() for parameter in built(config).parameters())
     assert count_weights(load([*SMALL, "model.image_sizes=[32,64]"])) > count_weights(config)
 
 
 @pytest.mark.parametrize(
-    ("arguments", "bytes_each"),
-    [
-        ([], 16),
-        (["train.engine=zero1"], 4 + 4 + 8 / 4),
-        (["train.engine=zero2"], 4 + (4 + 8) / 4),
-        (["train.engine=zero3"], 16 / 4),
-        (["train.engine=zero3", "train.offload=true"], 8 / 4),
+    ("engine", "each"),
+    [  # weights, gradients, what the optimizer holds (with DeepSpeed's copy of the weights), and the bucket that travels
+        ("ddp", 1 + 1 + 2),
+        ("zero1", 1 + 1 + 3 / 4 + 1),
+        ("zero2", 1 + 1 / 4 + 3 / 4 + 1),
+        ("zero3", 1 / 4 + 1 / 4 + 3 / 4 + 2),
     ],
 )
-def test_a_worker_holds_its_part(arguments: list[str], bytes_each: float) -> None:
-    needs = needs_of(load([*SMALL, "train.workers=4", *arguments]))
+def test_a_worker_holds_its_part(engine: str, each: float) -> None:
+    config = load([*SMALL, "train.workers=4", f"train.engine={engine}"])
+    needs, model = needs_of(config), built(config)
+    whole = sum(p.numel() for p in model.parameters() if p.numel() < 100_000) if engine == "zero3" else 0  # on every worker
     assert needs.gradients == 4 * needs.weights
-    assert needs.state == pytest.approx(bytes_each * needs.weights, abs=1)
+    assert needs.state == pytest.approx(4 * (each * needs.weights + whole), abs=8)  # a bucket is even
+    assert needs.offloaded == 0
+
+
+def test_what_is_offloaded_is_still_held() -> None:
+    kept, offloaded = (
+        needs_of(load([*SMALL, "train.workers=4", "train.engine=zero3", f"train.offload={word}"])) for word in ("false", "true")
+    )
+    assert offloaded.state == kept.state
+    assert offloaded.offloaded == 12 * offloaded.weights // 4
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import threading
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from s3_server import S3
 from tiny_earth import make_data_set
 
 from mmearth_ray.doctor import places
-from mmearth_ray.doctor.places import Speed, made, read_shards, write_and_read
+from mmearth_ray.doctor.places import Speed, made, read_shards, standing, write_and_read
 from mmearth_ray.errors import DataError
 from mmearth_ray.shards.manifest import load_manifest
 from mmearth_ray.storage import locate, names
@@ -102,3 +103,38 @@ def test_shards_are_read_up_to_a_limit(s3: S3, tmp_path: Path) -> None:
 def test_speeds_are_said_of_what_was_done() -> None:
     assert str(Speed(64_000_000, 0.5, 2.0)) == "64.0 MB written at 32 MB/s and read at 128 MB/s"
     assert str(Speed(64_000_000, 0.5)) == "64.0 MB read at 128 MB/s"
+
+
+def test_what_a_check_that_was_given_up_left_is_swept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_standing", {})
+    hung = standing(tmp_path / "run")
+    probe = hung.__enter__()
+    assert isinstance(probe, Path)
+    probe.write_text("")
+    probe.with_name(f".{probe.name}.1.tmp").write_text("")  # half of one
+    assert places.sweep() == []
+    assert list(tmp_path.iterdir()) == []
+    hung.__exit__(None, None, None)  # the check ends after all
+    assert places.sweep() == []
+
+
+def test_what_cannot_be_swept_in_time_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_standing", {})
+    answered = threading.Event()
+    with standing(tmp_path) as probe, monkeypatch.context() as patch:
+        patch.setattr(places, "_clear", lambda place: answered.wait(60))
+        assert places.sweep(0.05) == [probe]
+        answered.set()
+    assert places.sweep() == []
+
+
+def test_a_store_that_went_away_leaves_a_name_until_it_is_back(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(places, "_standing", {})
+    folder = locate(f"{s3.make_bucket()}/runs", "checkpoint.directory")
+    with pytest.raises(DataError, match="access denied"), standing(folder) as probe:
+        probe.write_bytes(b"word")
+        s3.fail(denied=1.0)
+    assert places.sweep() == [probe]
+    s3.fail()
+    assert places.sweep() == []
+    assert names(folder) == []

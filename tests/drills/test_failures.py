@@ -1,5 +1,6 @@
 """Everything that may happen to a run, one thing after the other, on a cluster of several nodes: the numbers stay the same."""
 
+import os
 import random
 import signal
 import time
@@ -40,7 +41,9 @@ class Drill:
     draw: random.Random
     held: ExitStack = field(default_factory=ExitStack)
     second: int = -1
+    candidates: list[int] = field(default_factory=list)
     killed: int = 0
+    interrupted: int = 0
 
     def begin(self) -> None:
         self.held.close()
@@ -51,13 +54,15 @@ class Drill:
 
     def disturb(self, event: str) -> None:
         """Let that happen now, or as soon as a checkpoint is at the point that it names."""
+        self.candidates = self.nodes.workers()
         if event.endswith("while saving"):
-            self._await_saving()
+            self._at_once(self.saving)
         elif event.endswith("after saving"):
             before = self.newest()
             self._at_once(lambda: self.newest() > before)
         {"worker": self._kill_worker, "command": self._kill_command, "stop": self._stop_worker, "terminate": self._terminate,
          "lose": self._lose_node, "add": self._add_node}[event.split()[0]]()  # fmt: skip
+        self.interrupted += event.endswith("while saving") and self.saving()
         ended = event.startswith(("command", "terminate"))
         readable(self.run, all_of_them=ended)
         if ended:
@@ -67,9 +72,10 @@ class Drill:
         found = committed(self.run / FOLDER)
         return step_of(found[-1]) if found else 0
 
-    def _await_saving(self) -> None:
+    def saving(self) -> bool:
+        """Whether there is an unfinished checkpoint."""
         incoming = self.run / FOLDER / INCOMING
-        self._at_once(lambda: incoming.is_dir() and any(path.name.startswith("step-") for path in incoming.iterdir()))
+        return incoming.is_dir() and any(not path.name.endswith(".removed") for path in incoming.iterdir())
 
     def _at_once(self, condition: Callable[[], bool]) -> None:
         """Wait for what does not last."""
@@ -79,12 +85,17 @@ class Drill:
             assert self.process.poll() is None
             time.sleep(0.0005)
 
-    def _worker(self) -> int:
-        self.wait(self.nodes.workers, "workers")
-        return self.draw.choice(self.nodes.workers())
+    def _hit(self, number: int) -> None:
+        """Send the signal to a worker that is there."""
+        while True:
+            try:
+                return os.kill(self.draw.choice(self.candidates), number)
+            except (IndexError, ProcessLookupError):
+                self.wait(self.nodes.workers, "workers")
+                self.candidates = self.nodes.workers()
 
     def _kill_worker(self) -> None:
-        kill(self._worker(), signal.SIGKILL)
+        self._hit(signal.SIGKILL)
         self.killed += 1
 
     def _kill_command(self) -> None:
@@ -93,7 +104,7 @@ class Drill:
         self.killed += 1
 
     def _stop_worker(self) -> None:
-        kill(self._worker(), signal.SIGSTOP)
+        self._hit(signal.SIGSTOP)
 
     def _terminate(self) -> None:
         self.wait(self.nodes.workers, "workers")
@@ -155,6 +166,7 @@ def test_twenty_kills_a_stop_a_notice_and_a_lost_node_change_nothing(nodes: Node
         output = drill.process.communicate(timeout=400)[0]
         assert drill.process.returncode == 0, output
     assert drill.killed == len(KILLS) == 20
+    assert drill.interrupted, "no kill met an unfinished checkpoint"
     readable(run, all_of_them=True)
     assert [entry["step"] for entry in metrics(run)] == list(range(1, STEPS + 1))
     assert ledger(run) == ledger(alone)

@@ -111,6 +111,26 @@ def test_a_failure_while_writing_leaves_nothing_behind_and_keeps_what_was_there(
     assert same(load_tensors(checkpoint_path(tmp_path, 1))[0], tensors(1))
 
 
+def test_a_team_that_was_succeeded_while_it_wrote_touches_nothing_of_its_successor(tmp_path: Path) -> None:
+    later = tmp_path / INCOMING / "step-00000008.later" / "half"
+    asked: list[int] = []
+
+    def succeeded() -> None:
+        """From the second time on another team has saved the same step, and is about to save the next one."""
+        asked.append(len(asked))
+        if len(asked) == 2:
+            save(tmp_path, state(4), tensors(2), tensors(3), keep=0, mark="later")
+            later.parent.mkdir(parents=True)
+            later.write_text("half")
+            raise DataError("taken over")
+
+    with pytest.raises(DataError, match="taken over"):
+        save(tmp_path, state(4), tensors(8), tensors(9), keep=0, check=succeeded, mark="earlier")
+    assert same(load_tensors(checkpoint_path(tmp_path, 4))[0], tensors(2))
+    assert [path.name for path in (tmp_path / INCOMING).iterdir()] == [later.parent.name]
+    assert later.read_text() == "half"
+
+
 def test_at_no_moment_has_an_incomplete_directory_a_checkpoints_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Whatever is deleted or written, the names of checkpoints always stand for three whole files."""
     commit(tmp_path, 1, 2)
