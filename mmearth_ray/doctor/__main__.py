@@ -44,11 +44,8 @@ def main(arguments: list[str]) -> int:
     finally:
         leave()
         for place in places.sweep():
-            tell(
-                Finding(
-                    "warning", "left behind", f"{place} may be there: it could not be removed; do so once that storage answers"
-                )
-            )
+            text = f"{place} may be there, for it could not be removed; do so once that storage answers"
+            tell(Finding("warning", "left behind", text))
     print(summary(findings))
     return 1 if any(finding.level == "failed" for finding in findings) else 0
 

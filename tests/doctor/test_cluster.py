@@ -59,6 +59,7 @@ def test_every_machine_is_looked_at(tmp_path: Path) -> None:
     assert offer.store > 1e6
     assert offer.skew is not None
     assert abs(offer.skew) < 0.5
+    assert global_worker.node is not None
     assert machine.disks[RAY_DIRECTORY].path == global_worker.node.get_session_dir_path()
 
 

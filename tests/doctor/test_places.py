@@ -131,9 +131,12 @@ def test_what_cannot_be_swept_in_time_is_named(tmp_path: Path, monkeypatch: pyte
 def test_a_store_that_went_away_leaves_a_name_until_it_is_back(s3: S3, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(places, "_standing", {})
     folder = locate(f"{s3.make_bucket()}/runs", "checkpoint.directory")
-    with pytest.raises(DataError, match="access denied"), standing(folder) as probe:
-        probe.write_bytes(b"word")
-        s3.fail(denied=1.0)
+    check = standing(folder)
+    probe = check.__enter__()
+    probe.write_bytes(b"word")
+    s3.fail(denied=1.0)
+    with pytest.raises(DataError, match="access denied"):
+        check.__exit__(None, None, None)
     assert places.sweep() == [probe]
     s3.fail()
     assert places.sweep() == []
