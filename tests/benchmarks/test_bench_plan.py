@@ -22,6 +22,8 @@ def test_a_case_is_a_run() -> None:
     assert (config.train.global_batch, config.train.micro_batch, config.train.precision) == (24, 4, "bf16")
 
 
+@pytest.mark.drill
+@pytest.mark.long
 def test_a_measured_peak_is_near_the_planned_one_and_the_environment_stays() -> None:
     before = dict(os.environ)
     row = measured_row(config_of(Options(), "atto/ddp/1/8"))

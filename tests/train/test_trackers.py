@@ -333,6 +333,8 @@ def test_numbers_have_names_with_slashes_and_null_has_none() -> None:
     assert dict(numbers(line)) == {"loss": 1.5, "losses/b": 2.0, "validation/step": 1, "validation/losses/b": 4.0}
 
 
+@pytest.mark.drill
+@pytest.mark.long
 def test_a_run_of_two_workers_is_fed_by_one_of_them_and_goes_on_where_it_was(shards: Path, tmp_path: Path) -> None:
     recipe = ("log.wandb=offline", "log.tensorboard=true", "train.workers=2", "figure.tiles=1", "checkpoint.every=2")
     train(shards, tmp_path, *recipe, "train.steps=5", "train.stop_at=3")

@@ -81,7 +81,10 @@ def test_the_stages_add_up_to_the_time_of_the_steps_and_to_all_the_time_there_wa
             assert line["data_wait"] == pytest.approx(waited / took, rel=1e-3, abs=1e-5)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize(
+    "engine",
+    [name if name in ("ddp", "zero3") else pytest.param(name, marks=[pytest.mark.drill, pytest.mark.long]) for name in ENGINES],
+)
 def test_every_engine_tells_its_forward_from_its_backward_pass(engine: str, shards: Path, tmp_path: Path) -> None:
     if engine != "ddp":
         pytest.importorskip("deepspeed")
