@@ -5,6 +5,7 @@ import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from uuid import uuid4
 
 import torch
 import torch.distributed as dist
@@ -15,7 +16,7 @@ SECONDS = 560.0
 def in_a_group(workers: int, folder: Path, job: Callable[..., None], *arguments: Any) -> None:
     """Run `job(rank, workers, *arguments)` in so many processes.  Fails if one of them does."""
     folder.mkdir(parents=True, exist_ok=True)
-    store = folder / f"rendezvous-{workers}"
+    store = folder / f"rendezvous-{uuid4().hex}"  # one that has been used never lets the next group meet
     context = multiprocessing.get_context("spawn")
     processes = [context.Process(target=_member, args=(rank, workers, str(store), job, *arguments)) for rank in range(workers)]
     for process in processes:
