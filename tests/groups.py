@@ -13,7 +13,7 @@ import torch.distributed as dist
 SECONDS = 560.0
 
 
-def in_a_group(workers: int, folder: Path, job: Callable[..., None], *arguments: Any) -> None:
+def in_a_group(workers: int, folder: Path, job: Callable[..., None], *arguments: Any, seconds: float = SECONDS) -> None:
     """Run `job(rank, workers, *arguments)` in so many processes.  Fails if one of them does."""
     folder.mkdir(parents=True, exist_ok=True)
     store = folder / f"rendezvous-{uuid4().hex}"  # one that has been used never lets the next group meet
@@ -23,7 +23,7 @@ def in_a_group(workers: int, folder: Path, job: Callable[..., None], *arguments:
         process.start()
     try:
         for process in processes:
-            process.join(SECONDS)
+            process.join(seconds)
         assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
     finally:
         for process in processes:
