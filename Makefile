@@ -1,5 +1,5 @@
 # Everything a fresh machine needs: Python 3.11 to 3.13, make and gcc.  The first target that needs the environment makes it.
-#   make pretrain   install, then pretrain on the embedded data set     make test     the test suite (12 minutes)
+#   make pretrain   install, then pretrain on the embedded data set     make test     the test suite (15 minutes)
 #   make lint       ruff and pyright                                    make drills   kill, hang and restart real processes
 #   make bench      measure training steps, then compare their ratios with the committed ones (15 minutes on two cores);
 #                   in bf16 as well where the processor multiplies it, or as PRECISIONS=fp32,bf16 says
