@@ -38,16 +38,8 @@ ROOMS = ("", "errors", "patience", "storage", "copies", "files", "modalities", "
          "adapters", "evaluate", "pretrain", "plan", "doctor", "__main__")  # fmt: skip
 # Packages that only these modules may import, at any scope; a name ending in a dot stands for a whole room.
 ONLY_IN = {
-    "ray": (
-        "cluster",
-        "shards.build",
-        "stream.pipeline",
-        "train.board",
-        "train.launch",
-        "train.room",
-        "evaluate.",
-        "doctor.cluster",
-    ),
+    "ray": ("cluster", "shards.build", "stream.pipeline", "train.board", "train.launch", "train.room", "evaluate.",
+            "doctor.cluster"),
     "deepspeed": ("train.zero",),
     "omegaconf": ("settings",),
     "yaml": ("settings",),
@@ -58,20 +50,9 @@ ONLY_IN = {
     "matplotlib": ("report.",),
     "wandb": ("train.trackers",),
     "tensorboard": ("train.trackers",),
-    "torch": (
-        "model.",
-        "losses",
-        "objective",
-        "checkpoints.",
-        "experiment",
-        "train.",
-        "adapters.",
-        "evaluate.",
-        "plan.",
-        "doctor.needs",
-        "doctor.group",
-    ),
-}
+    "torch": ("model.", "losses", "objective", "checkpoints.", "experiment", "train.", "adapters.", "evaluate.", "plan.",
+              "doctor.needs", "doctor.group"),
+}  # fmt: skip
 # Rooms that know modalities by their rows only.
 NAMELESS = (
     "stream",

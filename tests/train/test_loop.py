@@ -193,6 +193,8 @@ def leaves_exporting_to_the_first(rank: int, workers: int, shards: Path, folder:
 
 def test_no_worker_waits_for_the_export(shards: Path, tmp_path: Path) -> None:
     in_a_group(2, tmp_path, leaves_exporting_to_the_first, shards, tmp_path)
+    assert (tmp_path / "others are done").exists()
+    assert (tmp_path / "exported" / "encoder.safetensors").exists()
 
 
 def test_decay_spares_biases_norms_and_loss_weights_only(shards: Path, tmp_path: Path) -> None:
