@@ -103,7 +103,7 @@ def _upload_pieces(local: Path, size: int, place: UPath, patience: Patience) -> 
         with ThreadPoolExecutor(PIECES, "upload") as pool:
             parts = list(pool.map(put, range(math.ceil(size / PIECE))))
         call("complete_multipart_upload", size, UploadId=number, MultipartUpload={"Parts": parts})
-    except DataError:
+    except (DataError, OSError):
         with suppress(DataError):
             call("abort_multipart_upload", patience=Patience(attempts=1, request=patience.request), UploadId=number)
         raise

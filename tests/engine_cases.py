@@ -13,6 +13,7 @@ from torch import Tensor
 from mmearth_ray.config import load
 from mmearth_ray.train import checkpoint, zero
 from mmearth_ray.train.checkpoint import State
+from mmearth_ray.train.commit import Keeping
 from mmearth_ray.train.engine import MOMENTS, DDPEngine, first_said
 from mmearth_ray.train.engines import build_engine
 from mmearth_ray.train.parts import Team, fill
@@ -105,7 +106,7 @@ def run_cases(rank: int, workers: int, folder: Path, cases: list[Case]) -> None:
             team = Team(rank, workers, partial(first_said, engine, rank, workers))
             step = begin + case.steps
             state = State(step, step * TILES, {}, {}, {})
-            checkpoint.save(folder / case.saves, state, engine.weights(), engine.moments(), keep=1, team=team)
+            begin(folder / case.saves, state, engine.weights(), engine.moments(), Keeping(keep=1, team=team)).commit()
         if rank == 0:
             torch.save(found, folder / case.file(workers))
         close(engine)

@@ -1,10 +1,14 @@
 """Small checkpoints, and what tests ask of them."""
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor
 
 from mmearth_ray.storage import Location
-from mmearth_ray.train.checkpoint import State, committed, opened, save
+from mmearth_ray.train.checkpoint import State, committed, opened
+from mmearth_ray.train.commit import Keeping, begin
 
 FILES = ["model.safetensors", "optimizer.safetensors", "state.json"]
 
@@ -25,9 +29,15 @@ def state(step: int) -> State:
     return State(step, step * 64, settings, {"data": "d1", "table": "t1"}, {"torch": "2", "commit": "å"})
 
 
+def save(
+    folder: Location, given: State, weights: Mapping[str, Tensor], moments: Mapping[str, Tensor], **keeping: Any
+) -> Location:
+    return begin(folder, given, weights, moments, Keeping(**keeping)).commit()
+
+
 def commit(folder: Location, *steps: int, keep: int = 0) -> None:
     for step in steps:
-        save(folder, state(step), tensors(step), tensors(step + 1), keep)
+        save(folder, state(step), tensors(step), tensors(step + 1), keep=keep)
 
 
 def names(folder: Location) -> list[str]:

@@ -2,38 +2,34 @@
 
 `checkpoints/step-00000100/` means 100 steps are done and holds `model.safetensors` (float32 weights by name),
 `optimizer.safetensors` (AdamW's moments by parameter name) and `state.json` (step, position, settings, digests, versions).
-Tensors of more than 1 GiB are several files, each written by one of the workers (see `parts`).  In a directory it is written
-under `checkpoints/.incoming/` and renamed.  On an object store, where every file appears whole but no two at once, the state
-is written last and removed first: what has none is no checkpoint.  Workers find the newest one themselves.
+Tensors of more than 1 GiB are several files (see `parts`).  In a directory a checkpoint is written under another name and
+renamed (see `commit`).  On an object store, where every file appears whole but no two at once, the state is written last and
+removed first: what has none is no checkpoint.  Workers find the newest one themselves.
 """
 
 import json
 import re
 import shutil
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
-from upath import UPath
 
-from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, INDEX, STATE, files_of, parts_of
-from mmearth_ray.copies import at_hand, scratch, upload
+from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, STATE, files_of, parts_of
+from mmearth_ray.copies import at_hand
 from mmearth_ray.errors import DataError
-from mmearth_ray.files import flush
 from mmearth_ray.keys import Config
 from mmearth_ray.patience import Absent
 from mmearth_ray.storage import Location, below, locate, names, read_bytes, remove
-from mmearth_ray.train.parts import LIMIT, Stored, Team, index_of, write_parts
+from mmearth_ray.train.parts import Stored
 
 FOLDER = "checkpoints"
 INCOMING = ".incoming"
 MOMENTS_FILE = "optimizer.safetensors"
-ALONE = Team()
 _NAME = re.compile(r"step-(\d{8})")
 
 
@@ -83,109 +79,7 @@ def newest(folder: Location) -> Location | None:
     return found[-1] if found else None
 
 
-def save(
-    folder: Location,
-    state: State,
-    weights: Mapping[str, Tensor],
-    moments: Mapping[str, Tensor],
-    keep: int,
-    keep_every: int = 0,
-    team: Team = ALONE,
-    check: Callable[[], object] = lambda: None,
-    mark: str = "",
-) -> Location:
-    """Write and commit a checkpoint, then remove all but the newest `keep` (0: none) and those of every `keep_every` steps.
-
-    All workers of a team call it.  `check` raises DataError where this team may not save: it is asked by the first worker
-    before anything is touched, and again before the commit.  `mark` is the team's own, so that no other writes where it does
-    before the commit.  Raises DataError then, and if the disk or the store does not take it; what was committed before stays.
-    """
-    final = checkpoint_path(folder, state.step)
-    tensors_of = {CHECKPOINT_FILE: weights, MOMENTS_FILE: moments}
-    if isinstance(final, Path):
-        _save_locally(final, state, tensors_of, team, check, mark)
-    else:
-        _put(final, state, tensors_of, team, check)
-    if keep and team.rank == 0:
-        with suppress(OSError, DataError):
-            for old in committed(folder)[:-keep]:
-                if not keep_every or step_of(old) % keep_every:
-                    _remove(old)
-    return final
-
-
-def _save_locally(
-    final: Path,
-    state: State,
-    tensors_of: Mapping[str, Mapping[str, Tensor]],
-    team: Team,
-    check: Callable[[], object],
-    mark: str,
-) -> None:
-    incoming = final.parent / INCOMING / ".".join(filter(None, (final.name, mark)))
-    with team.together(final):
-        if team.rank == 0:
-            check()
-
-    def put(file: str, tensors: dict[str, Tensor]) -> None:
-        save_file(tensors, incoming / file)
-        flush(incoming / file)
-
-    try:
-        with team.together(final):
-            if team.rank == 0:
-                shutil.rmtree(incoming, ignore_errors=True)
-                incoming.mkdir(parents=True)
-        with team.together(final):
-            write_parts(tensors_of, team, put, LIMIT)
-        with team.together(final):
-            if team.rank == 0:
-                for path in _write_texts(incoming, state, tensors_of):
-                    flush(path)
-                flush(incoming)
-                check()
-                _remove(final)
-                incoming.replace(final)
-                flush(final.parent)
-    except DataError:
-        if team.rank == 0:
-            shutil.rmtree(incoming, ignore_errors=True)
-        raise
-
-
-def _put(
-    final: UPath, state: State, tensors_of: Mapping[str, Mapping[str, Tensor]], team: Team, check: Callable[[], object]
-) -> None:
-    def put(file: str, tensors: dict[str, Tensor]) -> None:
-        with scratch() as local:
-            save_file(tensors, local / file)
-            check()  # here everyone writes to the same names
-            upload(local / file, final / file)
-
-    with team.together(final):
-        if team.rank == 0:
-            check()
-            _remove(final)
-    with team.together(final):
-        write_parts(tensors_of, team, put, LIMIT)
-    with team.together(final):
-        if team.rank == 0:
-            check()
-            with scratch() as local:
-                for path in _write_texts(local, state, tensors_of):
-                    upload(path, final / path.name)
-
-
-def _write_texts(folder: Path, state: State, tensors_of: Mapping[str, Mapping[str, Tensor]]) -> list[Path]:
-    """Write what is no tensors, and return it; the state comes last."""
-    indices = {file + INDEX: index_of(file, tensors, LIMIT) for file, tensors in tensors_of.items()}
-    texts = {file: text for file, text in indices.items() if text} | {STATE: json.dumps(vars(state), indent=1)}
-    for file, text in texts.items():
-        (folder / file).write_text(text, encoding="utf-8")
-    return [folder / file for file in texts]
-
-
-def _remove(path: Location) -> None:
+def take_away(path: Location) -> None:
     """Take a checkpoint from under its name at once, then delete it: what has the name is always complete."""
     if not isinstance(path, Path):
         remove(path / STATE)
@@ -238,4 +132,4 @@ def clear_incoming(folder: Location) -> None:
     begun = {name.partition("/")[0] for name in below(folder)} - {path.name for path in committed(folder)}
     for name in begun:
         if _NAME.fullmatch(name):
-            _remove(folder / name)
+            take_away(folder / name)

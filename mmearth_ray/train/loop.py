@@ -5,7 +5,7 @@ global batch holds, run forward and backward on each micro-batch, update, write 
 """
 
 import warnings
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -17,7 +17,7 @@ import torch.distributed as dist
 
 from mmearth_ray.config import learning_rate_of, micro_batch_of
 from mmearth_ray.errors import DataError
-from mmearth_ray.experiment import Experiment, build_objective, fixed_settings, versions
+from mmearth_ray.experiment import Experiment, build_objective
 from mmearth_ray.patience import note, take_noted
 from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.stream.prepare import Batch
@@ -29,10 +29,11 @@ from mmearth_ray.train.engines import build_engine
 from mmearth_ray.train.initial import load_initial
 from mmearth_ray.train.journal import Journal, cut_back, ledger_path
 from mmearth_ray.train.nonfinite import Guard
-from mmearth_ray.train.outputs import description_of, draw_reconstructions, export_model
+from mmearth_ray.train.outputs import draw_reconstructions, export_model
 from mmearth_ray.train.ownership import require_claim
 from mmearth_ray.train.parts import Team, fill
 from mmearth_ray.train.peak import Utilisation, peak_of
+from mmearth_ray.train.saver import Saver
 from mmearth_ray.train.schedule import learning_rate
 from mmearth_ray.train.trackers import Metrics, remember_run
 from mmearth_ray.train.window import Found, Sums, Window, fetch
@@ -82,11 +83,13 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
         workers=worker.workers, rank=worker.rank, micro_batch=micro_batch_of(config, worker.workers),
     )  # fmt: skip
     guard = Guard(experiment, engine, ranges, state.skipped_steps, state.skipped_in_a_row)
+    team = Team(worker.rank, worker.workers, partial(first_said, engine, worker.rank, worker.workers))
     with ExitStack() as files:
+        saver = files.enter_context(Saver(experiment, guard, team, done))
         metrics = files.enter_context(Metrics(experiment, done)) if worker.rank == 0 else None
         ledger = files.enter_context(Journal(ledger_path(experiment.run, worker.rank))) if config.train.ledger else None
         stream = open_stream(experiment.source, ranges) if len(ranges) else iter(())
-        saved, stop, clock, use = done, False, Clock.of(worker.device), _utilisation(experiment, worker)
+        stop, clock, use = False, Clock.of(worker.device), _utilisation(experiment, worker)
         window, engine.forwarded = Window(clock), partial(clock.enter, "backward")
         for step in range(done + 1, experiment.last_step + 1):
             clock.enter("data_wait")
@@ -100,7 +103,7 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
                 continue
             sums, stop, memory = fetch(window.found, engine, control.should_stop() if worker.rank == 0 else False)
             entries = window.entries(experiment, sums, memory, use)
-            _judge(guard, sums, entries, metrics)
+            _judge(guard, saver, sums, entries, metrics)
             if experiment.held_out and (step % config.validate.every == 0 or step == experiment.steps):
                 clock.enter("validation")
                 entries[-1]["validation"] = validate(experiment, engine, worker, experiment.held_out)
@@ -110,20 +113,23 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
                     metrics.write(entry)
                 control.tell(entries[-1])
             last = stop or step == experiment.last_step
-            if last or step % config.checkpoint.every == 0:
+            if saver.begun or last or step % config.checkpoint.every == 0:
                 clock.enter("checkpoint")
-                _save(experiment, guard, worker, step, [f for f in (metrics, ledger) if f])
-                saved = step
+                saver.settle()
+                if last or step % config.checkpoint.every == 0:
+                    saver.begin(step, [journal for journal in (metrics, ledger) if journal])
+                clock.enter("rest")
             if config.figure.every and step % config.figure.every == 0 and not last:
                 clock.enter("figure")
                 _draw(experiment, engine, worker, step, metrics)
+                clock.enter("rest")
             if stop:
                 break
-            clock.enter("rest")
             window = Window(clock)
-        _draw(experiment, engine, worker, saved, metrics)
+        saver.settle(wait=True)
+        _draw(experiment, engine, worker, saver.saved, metrics)
     if worker.rank == 0:
-        _export(experiment, saved)
+        _export(experiment, saver.saved)
 
 
 FETCH_EVERY = {"cpu": 1, "cuda": 10}  # a GPU that waits for the host after every step stands still in the meantime
@@ -163,13 +169,18 @@ def _step(engine: Engine, batches: list[Batch], worker: Worker, rate: float, clo
     return Found(errors, totals, weighed_with, applied, tiles, faults)
 
 
-def _judge(guard: Guard, sums: list[Sums], entries: list[dict[str, Any]], metrics: Metrics | None) -> None:
-    """Raise DataError where a step that is not finite ends the run; the lines of those before it are written."""
+def _judge(guard: Guard, saver: Saver, sums: list[Sums], entries: list[dict[str, Any]], metrics: Metrics | None) -> None:
+    """Raise DataError where a step that is not finite ends the run; lines and checkpoint of those before it are kept."""
     lines, refused = guard.judge(sums, entries)
-    if refused:
-        for line in lines if metrics else ():
-            metrics.write(line)  # pyright: ignore[reportOptionalMemberAccess]
-        raise DataError(refused)
+    if not refused:
+        return
+    for line in lines if metrics else ():
+        metrics.write(line)  # pyright: ignore[reportOptionalMemberAccess]
+    try:
+        saver.settle(wait=True)
+    except DataError as error:
+        refused += f"; the checkpoint before it was not saved either ({error})"
+    raise DataError(refused)
 
 
 def validate(experiment: Experiment, engine: Engine, worker: Worker, held_out: Source) -> dict[str, Any]:
@@ -240,22 +251,6 @@ def _take_back(experiment: Experiment, worker: Worker, done: int) -> None:
         cut_back(experiment.run, done)
         checkpoint.clear_incoming(checkpoint.directory_of(experiment.config))
     _barrier()
-
-
-def _save(experiment: Experiment, guard: Guard, worker: Worker, step: int, journals: Sequence[Metrics | Journal]) -> None:
-    """Make the journals safe on every worker, then write a checkpoint together."""
-    for journal in journals:
-        journal.flush()
-    folder, kept, engine = checkpoint.directory_of(experiment.config), experiment.config.checkpoint, guard.engine
-    team = Team(worker.rank, worker.workers, partial(first_said, engine, worker.rank, worker.workers))
-    state = checkpoint.State(
-        step=step, position=step * experiment.config.train.global_batch,
-        settings=fixed_settings(experiment.config), identity=experiment.identity, versions=versions(),
-        description=description_of(experiment, step).to_json(),
-        skipped_steps=guard.skipped, skipped_in_a_row=guard.in_a_row,
-    )  # fmt: skip
-    mine, mark = partial(require_claim, experiment), experiment.claim.replace("/", "-")
-    checkpoint.save(folder, state, engine.weights(), engine.moments(), kept.keep, kept.keep_every, team, mine, mark)
 
 
 def _draw(experiment: Experiment, engine: Engine, worker: Worker, step: int, metrics: Metrics | None) -> None:

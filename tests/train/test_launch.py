@@ -15,6 +15,7 @@ from mmearth_ray.experiment import Experiment
 from mmearth_ray.keys import Config
 from mmearth_ray.stream.pipeline import Share
 from mmearth_ray.train import checkpoint, launch
+from mmearth_ray.train.commit import Keeping, begin
 from mmearth_ray.train.launch import CHANGE_SECONDS, LOOK_SECONDS, Change, Failures
 from mmearth_ray.train.ownership import claim, require_claim
 from mmearth_ray.train.room import Amount, Cluster, Room
@@ -27,7 +28,7 @@ def experiment(folder: Path, **train: Any) -> Experiment:
 
 def commit(folder: Path, step: int) -> None:
     state = checkpoint.State(step, 0, {}, {}, {})
-    checkpoint.save(folder / "checkpoints", state, {"w": torch.zeros(1)}, {}, keep=0)
+    begin(folder / "checkpoints", state, {"w": torch.zeros(1)}, {}, Keeping()).commit()
 
 
 def test_failures_in_a_row_end_the_run_and_a_new_checkpoint_forgives_them(

@@ -2,6 +2,7 @@
 
 import dataclasses
 import re
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -12,13 +13,16 @@ from command import ledger, metrics
 from groups import in_a_group
 from processes import Quiet, local_stream, settings, train
 from safetensors.torch import load_file
+from tiny_checkpoint import names
 from tiny_earth import make_block, make_data_set
+from upath import UPath
 
 from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import open_experiment
 from mmearth_ray.shards.manifest import Manifest
 from mmearth_ray.shards.write import write_shard
 from mmearth_ray.stream.plan import MicroBatches
+from mmearth_ray.train import commit
 from mmearth_ray.train.board import progress_text
 from mmearth_ray.train.checkpoint import load_state
 from mmearth_ray.train.loop import Worker, run
@@ -123,6 +127,40 @@ def test_a_run_that_is_resumed_skips_and_learns_the_same(first: str, shards: Pat
     for file in ("model.safetensors", "optimizer.safetensors", "state.json"):
         last = Path("checkpoints") / "step-00000008" / file
         assert (tmp_path / last).read_bytes() == (skipping / last).read_bytes()
+
+
+@pytest.mark.parametrize("store_fails", [False, True])
+def test_a_checkpoint_on_its_way_to_a_store_is_kept_when_a_loss_ends_the_run(
+    store_fails: bool, shards: Path, store: UPath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What ends the run is told, with the lines before it, whether or not the store takes the checkpoint."""
+    recipe = (*SKIP, "train.nonfinite=stop", "seed=4")
+    fails(0, 1, shards, tmp_path, recipe)
+    before = metrics(tmp_path)
+    assert before
+    last, refused, upload, judge = f"step-{len(before):08d}", threading.Event(), commit.upload, Guard.judge
+
+    def held(local: Path, place: UPath) -> None:
+        if last in place.path:
+            assert refused.wait(60)
+            if store_fails:
+                raise DataError("the store is away")
+        upload(local, place)
+
+    def judged(self: Guard, *given: Any) -> Any:
+        found = judge(self, *given)
+        if found[1]:
+            refused.set()
+        return found
+
+    monkeypatch.setattr(commit, "upload", held)
+    monkeypatch.setattr(Guard, "judge", judged)
+    (tmp_path / "away").mkdir()
+    fails(0, 1, shards, tmp_path / "away", (*recipe, "checkpoint.every=1", f"checkpoint.directory={store}"))
+    assert (last in names(store)) != store_fails
+    assert [line["loss"] for line in metrics(tmp_path / "away")] == [line["loss"] for line in before]
+    said, expected = ((folder / "said-0").read_text() for folder in (tmp_path / "away", tmp_path))
+    assert said == expected + ("; the checkpoint before it was not saved either (the store is away)" if store_fails else "")
 
 
 def test_what_skips_always_ends_with_the_model_to_blame_however_often_it_is_resumed(tmp_path: Path) -> None:

@@ -17,7 +17,8 @@ from mmearth_ray.experiment import Experiment, open_experiment
 from mmearth_ray.files import atomic_text
 from mmearth_ray.keys import Config
 from mmearth_ray.storage import Location, locate, read_bytes, remove
-from mmearth_ray.train import checkpoint
+from mmearth_ray.train import checkpoint, commit
+from mmearth_ray.train.commit import Keeping, begin
 from mmearth_ray.train.ownership import OWNER, RUN, check_owner, claim, require_claim, run_id, take_over
 
 
@@ -117,10 +118,10 @@ def test_a_group_that_was_succeeded_commits_nothing(
     def save(experiment: Experiment, step: int) -> None:
         state = checkpoint.State(step, step * 8, {}, {}, {})
         weights = {"w": torch.full((3,), float(step))}
-        checkpoint.save(folder, state, weights, {}, keep=2, check=lambda: require_claim(experiment))
+        begin(folder, state, weights, {}, Keeping(keep=2, check=lambda: require_claim(experiment))).commit()
 
     save(first, 3)
-    write, following = checkpoint.write_parts, []
+    write, following = commit.write_parts, []
 
     def overtaken(*arguments: Any) -> None:
         write(*arguments)
@@ -129,10 +130,10 @@ def test_a_group_that_was_succeeded_commits_nothing(
     if when == "before":
         following.append(take_over(first))
     else:
-        monkeypatch.setattr(checkpoint, "write_parts", overtaken)
+        monkeypatch.setattr(commit, "write_parts", overtaken)
     with pytest.raises(DataError, match="was taken over by a later group of this run's workers"):
         save(first, 6)
-    monkeypatch.setattr(checkpoint, "write_parts", write)
+    monkeypatch.setattr(commit, "write_parts", write)
     assert [path.name for path in checkpoint.committed(folder)] == ["step-00000003"]
     checkpoint.clear_incoming(folder)
     save(following[0], 6)
