@@ -33,11 +33,12 @@ from mmearth_ray import settings
 from mmearth_ray.errors import DataError, UsageError, run_command
 from mmearth_ray.files import atomic_text
 from mmearth_ray.keys import Config
-from mmearth_ray.plan.__main__ import Options as PlanOptions
-from mmearth_ray.plan.__main__ import plan, report
 from mmearth_ray.plan.fit import of
 from mmearth_ray.plan.memory import ENGINES
 from mmearth_ray.plan.passes import follow
+from mmearth_ray.plan.planned import Options as PlanOptions
+from mmearth_ray.plan.planned import plan
+from mmearth_ray.plan.report import report
 from mmearth_ray.settings import key
 from mmearth_ray.train.engines import build_engine
 from mmearth_ray.train.zero import load_deepspeed
@@ -55,6 +56,10 @@ CASES = (
     "atto/ddp/2/16", "tiny/ddp/2/4", "tiny/zero1/2/4", "tiny/zero2/2/4", "tiny/zero3/2/4",
     "base/zero1/2/2", "base/zero2/2/2", "base/zero3/2/2", "large/zero2/2/2",
 )  # fmt: skip
+
+PUBLISHED = ["model.image_size=112", "model.patch_size=16", "train.global_batch=4096", "train.epochs=200",
+             "train.workers=8", "train.precision=bf16", "plan.sizes=all"]  # fmt: skip
+"""What is planned for GPUs: the published recipe, of every size."""
 
 
 @dataclass(frozen=True)
@@ -178,11 +183,11 @@ def _warm_up(config: Config) -> None:
 
 
 def write_plan(about: Row) -> Path:
-    """Write what the command prints for all sizes by default."""
-    options = PlanOptions()
-    lines = report(options, [plan(options, size) for size in options.sizes])
+    """Write what the plan's command prints."""
+    options = configuration.load_as(PlanOptions, PUBLISHED)
+    lines = report(options, [plan(options, size) for size in options.sizes], PUBLISHED)
     path = RESULTS / f"plan_sizes_{hardware()}_{about['date']}.md"
-    head = [f"# plan_sizes: python -m mmearth_ray.plan, commit {about['commit']}", "", "```"]
+    head = [f"# plan_sizes, commit {about['commit']}", "", "```", f"$ python -m mmearth_ray.plan {' '.join(PUBLISHED)}"]
     atomic_text(path, "\n".join([*head, *lines, "```"]) + "\n")
     return path
 

@@ -12,7 +12,7 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 
-from mmearth_ray.errors import UsageError
+from mmearth_ray.errors import UsageError, one_line
 
 LOOPBACK = "127.0.0.1"
 CONNECT_SECONDS = 10.0
@@ -37,10 +37,9 @@ def join_or_start(own_cpus: int, address: str = "") -> None:
         _show_token()
         ray.init(address=cluster, **quiet)
     except (OSError, ValueError, RuntimeError) as error:
-        reason = " ".join(str(error).split())[:200]
         raise UsageError(
-            f"cannot join the Ray cluster at {cluster} ({reason}); correct run.address or RAY_ADDRESS, or unset them to start "
-            "a Ray on this machine"
+            f"cannot join the Ray cluster at {cluster} ({one_line(error)}); correct run.address or RAY_ADDRESS, or unset them "
+            "to start a Ray on this machine"
         ) from error
 
 

@@ -3,13 +3,17 @@
 Resuming compares the fields that `FIXED_ON_RESUME` names.
 """
 
+import math
 from importlib.util import find_spec
 from pathlib import Path
+from typing import TypeVar
 
 from mmearth_ray import settings
 from mmearth_ray.errors import UsageError
 from mmearth_ray.keys import Config, Model
 from mmearth_ray.modalities import TABLE, Kind, Level, Modality, get
+
+C = TypeVar("C", bound=Config)
 
 FIXED_ON_RESUME = (
     "model.", "optimizer.", "schedule.", "seed", "train.global_batch", "train.steps", "train.averaging", "train.clip",
@@ -25,10 +29,15 @@ MAX_AUTO_MICRO_BATCH = 64
 
 def load(arguments: list[str]) -> Config:
     """The configuration of a command line: YAML files, later ones winning, then key=value arguments over them all."""
+    return load_as(Config, arguments)
+
+
+def load_as(kind: type[C], arguments: list[str]) -> C:
+    """The same, with the keys that a command has beside those of a run."""
     if wrong := next((a for a in arguments if a.startswith(("-", "="))), ""):
         raise UsageError(f"'{wrong}' is not understood; settings are key=value, without dashes and spaces; --help lists them")
     files = [Path(a) for a in arguments if "=" not in a]
-    config = settings.load(Config, files, [a for a in arguments if "=" in a])
+    config = settings.load(kind, files, [a for a in arguments if "=" in a])
     check(config)
     return config
 
@@ -41,8 +50,7 @@ def check(config: Config) -> None:
         raise UsageError(f"model.patch_size={model.patch_size} does not divide model.image_size={model.image_size}; "
                          f"use {fits} px, or another patch size")  # fmt: skip
     turns_of(model)
-    if not config.run.directory:
-        raise UsageError("run.directory= names no directory; give one, such as run.directory=runs/pretrain")
+    _check_directories(config)
     patches = (model.image_size // model.patch_size) ** 2
     visible = visible_patches(patches, model.mask_ratio)
     if not 0 < visible < patches:
@@ -61,6 +69,16 @@ def check(config: Config) -> None:
         raise UsageError("log.tensorboard=true needs a package: pip install 'mmearth-ray[tensorboard]'")
     input_of(config)
     normalised_targets(config)
+
+
+def _check_directories(config: Config) -> None:
+    if not config.run.directory:
+        raise UsageError("run.directory= names no directory; give one, such as run.directory=runs/pretrain")
+    local = {"run.directory": config.run.directory, "data.cache": config.data.cache, "model.init": config.model.init}
+    for key, given in local.items():
+        if "://" in given:
+            instead = "; checkpoints may be in a store: checkpoint.directory=URL" if key == "run.directory" else ""
+            raise UsageError(f"{key}={given} is a URL, and this one has to be a path on a disk of the machines{instead}")
 
 
 def _check_engine(config: Config) -> None:
@@ -98,6 +116,17 @@ def turns_of(model: Model) -> list[tuple[int, int]]:
     return [(size, fits[size]) for size in model.image_sizes]
 
 
+def sizes_of(model: Model) -> list[tuple[int, int]]:
+    """Image and patch sizes of the steps, px: those that take turns, or the only one."""
+    return turns_of(model) or [(model.image_size, model.patch_size)]
+
+
+def divisors(number: int) -> list[int]:
+    """Those of a whole number above 0, ascending."""
+    small = [n for n in range(1, math.isqrt(number) + 1) if number % n == 0]
+    return sorted({*small, *(number // n for n in small)})
+
+
 def visible_patches(patches: int, mask_ratio: float) -> int:
     """Patches left visible: the whole part of patches x (1 - ratio), as published (19 of 49 at 0.6)."""
     return int(round(patches * (1 - mask_ratio), 6))
@@ -113,7 +142,7 @@ def worker_counts(config: Config) -> list[int]:
                          f"give [{train.workers[-1]},{train.workers[0]}]")  # fmt: skip
     least, most = train.workers[0], train.workers[-1]
     shown, batch, micro = train.workers if least < most else most, train.global_batch, train.micro_batch or 1
-    if not (even := [n for n in range(least, most + 1) if batch % n == 0]):
+    if not (even := [n for n in divisors(batch) if least <= n <= most]):
         raise UsageError(f"train.global_batch={batch} is not divisible by train.workers={shown}")
     if not (counts := [n for n in even if batch // n % micro == 0]):
         raise UsageError(f"train.micro_batch={micro} does not divide the {batch // even[-1]} tiles that each of "

@@ -21,6 +21,11 @@ class DataError(ValueError):
     exit_code = 1
 
 
+def one_line(error: BaseException | str, limit: int = 200) -> str:
+    """What an error says, as one line of at most so many characters; its kind where it says nothing."""
+    return " ".join(str(error).split())[:limit] or type(error).__name__
+
+
 def run_command(main: Callable[[list[str]], int], arguments: list[str]) -> int:
     """Run a command's `main`, turning the user's errors into one line on stderr and an exit code."""
     try:

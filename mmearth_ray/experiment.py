@@ -32,11 +32,11 @@ from mmearth_ray.config import (
     visible_patches,
 )
 from mmearth_ray.errors import DataError, UsageError
-from mmearth_ray.keys import Config
+from mmearth_ray.keys import Config, Train
 from mmearth_ray.modalities import Kind, Missing, table_hash
 from mmearth_ray.model.encoder import Backend, Stem, sparse_layout
 from mmearth_ray.model.layers import Scope
-from mmearth_ray.model.mpmae import build_mpmae, initialise
+from mmearth_ray.model.mpmae import MPMAE, build_mpmae, initialise
 from mmearth_ray.objective import Objective, Weighting
 from mmearth_ray.patience import Patience
 from mmearth_ray.shards.manifest import Manifest, joint_statistics, load_manifest, training_counts
@@ -157,9 +157,13 @@ def _digest(*arrays: np.ndarray) -> str:
 
 
 def _with_steps(config: Config, samples: int) -> Config:
-    train = config.train
-    steps = train.steps or (math.ceil(train.epochs * samples / train.global_batch) if train.epochs else DEFAULT_STEPS)
-    return dataclasses.replace(config, train=dataclasses.replace(train, steps=steps, epochs=None))
+    train = dataclasses.replace(config.train, steps=steps_of(config.train, samples), epochs=None)
+    return dataclasses.replace(config, train=train)
+
+
+def steps_of(train: Train, samples: int) -> int:
+    """Optimizer steps of a run over that many tiles."""
+    return train.steps or (math.ceil(train.epochs * samples / train.global_batch) if train.epochs else DEFAULT_STEPS)
 
 
 def _held_out(
@@ -219,15 +223,21 @@ def load_statistics(choice: str, manifests: list[Manifest]) -> Statistics:
     return checked(found, f"data.statistics={choice}")
 
 
+def build_model(config: Config, backend: Backend) -> MPMAE:
+    """The model of a configuration, as PyTorch fills it."""
+    model = config.model
+    others = dict.fromkeys(patch for _, patch in turns_of(model) if patch != model.patch_size)
+    return build_mpmae(
+        size=model.size, in_channels=len(input_of(config).bands), image_size=model.image_size, patch_size=model.patch_size,
+        targets=targets_of(config), stem=cast(Stem, model.stem), grn=cast(Scope, model.grn), backend=backend,
+        decoder_width=model.decoder_width, decoder_depth=model.decoder_depth, others=tuple(others),
+    )  # fmt: skip
+
+
 def build_objective(experiment: Experiment, *, initial: bool = True) -> Objective:
     """The model with its initial weights (unless told not to), its normaliser and its losses: the same on every worker."""
     model, spec = experiment.config.model, experiment.spec
-    others = dict.fromkeys(patch for _, patch in turns_of(model) if patch != model.patch_size)
-    network = build_mpmae(
-        size=model.size, in_channels=len(spec.input.bands), image_size=model.image_size, patch_size=model.patch_size,
-        targets=spec.targets, stem=cast(Stem, model.stem), grn=cast(Scope, model.grn), backend=cast(Backend, model.backend),
-        decoder_width=model.decoder_width, decoder_depth=model.decoder_depth, others=tuple(others),
-    )  # fmt: skip
+    network = build_model(experiment.config, cast(Backend, model.backend))
     if initial:
         initialise(network, model.init_scheme, torch.Generator().manual_seed(experiment.config.seed))
     return Objective(

@@ -90,12 +90,12 @@ def flush(path: Path) -> None:
         os.close(handle)
 
 
-def write_failure(path: "Location", error: OSError) -> str:
+def write_failure(path: "Location", error: Exception) -> str:
     """One line on why a file could not be written, and what to do."""
-    full = error.errno in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
+    full = getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "No space left" in str(error)
     if full:
         return f"no space left on the disk of {path.parent} while writing {path.name}; free some and run the command again"
-    return f"cannot write {path}: {error.strerror or error}"
+    return f"cannot write {path}: {getattr(error, 'strerror', None) or error}"
 
 
 def atomic_text(path: "Location", text: str) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from mmearth_ray.config import load
 from mmearth_ray.train import checkpoint, zero
 from mmearth_ray.train.checkpoint import State
-from mmearth_ray.train.commit import Keeping
+from mmearth_ray.train.commit import Keeping, begin
 from mmearth_ray.train.engine import MOMENTS, DDPEngine, first_said
 from mmearth_ray.train.engines import build_engine
 from mmearth_ray.train.parts import Team, fill
@@ -93,10 +93,10 @@ def run_cases(rank: int, workers: int, folder: Path, cases: list[Case]) -> None:
     """Run each case, and leave behind what it found, for `result`."""
     for case in cases:
         engine = build(case, workers, folder)
-        begin = int(case.resumes.rpartition("-")[2] or 0)
-        found: dict[str, Any] = {"steps": drive(engine, rank, workers, case, range(begin + 1, begin + 2))}
+        done = int(case.resumes.rpartition("-")[2] or 0)
+        found: dict[str, Any] = {"steps": drive(engine, rank, workers, case, range(done + 1, done + 2))}
         found["first"] = {name: value.clone() for name, value in engine.moments().items() if name.startswith(MOMENTS[0])}
-        found["steps"] += drive(engine, rank, workers, case, range(begin + 2, begin + case.steps + 1))
+        found["steps"] += drive(engine, rank, workers, case, range(done + 2, done + case.steps + 1))
         found["weights"] = {name: value.clone() for name, value in engine.weights().items()}
         found["groups"] = [(g["lr"], g["weight_decay"], *g["betas"]) for g in engine.optimizer.param_groups]
         found["counts"] = [float(state["step"]) for state in engine.optimizer.state.values()]
@@ -104,7 +104,7 @@ def run_cases(rank: int, workers: int, folder: Path, cases: list[Case]) -> None:
         found["deepspeed"] = "deepspeed" in sys.modules
         if case.saves:
             team = Team(rank, workers, partial(first_said, engine, rank, workers))
-            step = begin + case.steps
+            step = done + case.steps
             state = State(step, step * TILES, {}, {}, {})
             begin(folder / case.saves, state, engine.weights(), engine.moments(), Keeping(keep=1, team=team)).commit()
         if rank == 0:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from command import descendants, environment, kill, workers_of
+from command import descendants, environment, kill, title_of, workers_of
 
 FAST = {"RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "500",
         "RAY_health_check_failure_threshold": "4", "RAY_AUTH_MODE": "token"}  # fmt: skip
@@ -45,6 +45,12 @@ class Nodes:
         process.wait()
         if process.stdout:
             process.stdout.close()
+
+    def id_of(self, number: int) -> str:
+        """Ray's name of a node, which its raylet was started with."""
+        (found,) = {word.removeprefix("--node_id=") for child in descendants(self.processes[number].pid)
+                    for word in title_of(child).split() if word.startswith("--node_id=")}  # fmt: skip
+        return found
 
     def workers(self) -> list[int]:
         """The train workers on all nodes."""

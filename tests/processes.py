@@ -1,13 +1,12 @@
 """Runs the training loop in real worker processes joined by gloo, without Ray: what Ray Train does, without its start-up."""
 
-import multiprocessing
-import threading
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+from groups import in_a_group
 
 from mmearth_ray import config as configuration
 from mmearth_ray.config import most_workers
@@ -32,6 +31,9 @@ class Quiet:
     def should_stop(self) -> bool:
         return self.last is not None and self.seen + 1 >= self.last
 
+    def warn(self, text: str) -> None:
+        print(f"warning: {text}", file=sys.stderr)
+
 
 def settings(shards: Location, run_directory: Path, *arguments: str) -> Config:
     """A configuration small enough for a test: atto on 32 px crops in 16 patches, no figure."""
@@ -55,23 +57,10 @@ def train(shards: Location, run_directory: Path, *arguments: str, stop_after: in
         run(experiment, Worker(0, 1, torch.device("cpu"), 1), local_stream, Quiet(stop_after))
         torch.set_num_threads(threads)
         return experiment
-    store = run_directory / f"rendezvous-{threading.get_ident()}"
-    store.unlink(missing_ok=True)
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_worker, args=(config, shards, rank, str(store), stop_after)) for rank in range(workers)
-    ]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
-    assert all(process.exitcode == 0 for process in processes), [process.exitcode for process in processes]
+    in_a_group(workers, run_directory, _worker, config, shards, stop_after)
     return open_experiment(config, shards)
 
 
-def _worker(config: Config, shards: Location, rank: int, store: str, stop_after: int | None) -> None:
-    workers = most_workers(config)
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
+def _worker(rank: int, workers: int, config: Config, shards: Location, stop_after: int | None) -> None:
     worker = Worker(rank, workers, torch.device("cpu"), 1)
     run(open_experiment(config, shards), worker, local_stream, Quiet(stop_after))
-    dist.destroy_process_group()

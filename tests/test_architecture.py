@@ -46,7 +46,7 @@ ONLY_IN = {
     "h5py": ("shards.", "evaluate."),
     "fsspec": ("storage",),
     # the type, where a place can only be remote
-    "upath": ("storage", "copies", "shards.read", "stream.shard", "train.checkpoint"),
+    "upath": ("storage", "copies", "shards.read", "stream.shard", "train.commit"),
     "matplotlib": ("report.",),
     "wandb": ("train.trackers",),
     "tensorboard": ("train.trackers",),

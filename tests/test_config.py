@@ -1,5 +1,6 @@
 """The configuration of pretraining: what does not fit together is said, and the rules that follow from it."""
 
+import re
 from pathlib import Path
 from typing import get_args
 
@@ -216,3 +217,9 @@ def test_the_choices_offered_are_those_the_model_has() -> None:
     assert choices["model.grn"] == tuple(SCOPES)
     assert choices["model.missing"] == get_args(Missing)
     assert choices["model.init_scheme"] == tuple(WIDE)
+
+
+@pytest.mark.parametrize("key", ["run.directory", "data.cache", "model.init"])
+def test_a_url_where_a_path_belongs_is_refused(key: str) -> None:
+    with pytest.raises(UsageError, match=rf"^{re.escape(key)}=s3://b/r is a URL, and this one has to be a path on a disk"):
+        load([f"{key}=s3://b/r"])

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from processes import settings
+from processes import Quiet, settings
 
 from mmearth_ray.experiment import Experiment, open_experiment
 from mmearth_ray.train.journal import cut_back
@@ -24,6 +24,6 @@ def write(experiment: Experiment, done: int, steps: range, start: int = 1) -> No
     """What rank 0 does: from the restored step on, so many steps, and then the end by whatever reason."""
     remember_run(experiment)
     cut_back(experiment.run, done)
-    with Metrics(experiment, done) as lines:
+    with Metrics(experiment, done, Quiet().warn) as lines:
         for step in steps:
             lines.write(entry(step, start))

@@ -4,6 +4,8 @@ import sys
 
 from mmearth_ray import config as configuration
 from mmearth_ray import settings
+from mmearth_ray.doctor import machine
+from mmearth_ray.doctor.findings import Finding, examine, summary
 from mmearth_ray.errors import run_command
 from mmearth_ray.keys import Config
 
@@ -24,13 +26,15 @@ def main(arguments: list[str]) -> int:
         print(USAGE + settings.help_text(Config))
         return 0
     config = configuration.load(arguments)
+    if missing := [name for name, found in machine.versions().items() if found == "none" and name != "deepspeed"]:
+        text = f"{' and '.join(missing)}: not installed here; install requirements.lock"
+        print(Finding("failed", "versions", text))
+        return 1
 
     from mmearth_ray.doctor import places
     from mmearth_ray.doctor.case import Case  # torch and Ray take seconds to import; errors above need not wait
     from mmearth_ray.doctor.checks import CHECKS
     from mmearth_ray.doctor.cluster import leave
-    from mmearth_ray.doctor.findings import Finding, examine, summary
-    from mmearth_ray.doctor.needs import needs_of
 
     findings: list[Finding] = []
 
@@ -39,7 +43,7 @@ def main(arguments: list[str]) -> int:
         findings.append(finding)
 
     try:
-        for finding in examine(Case(config, needs_of(config)), CHECKS):
+        for finding in examine(Case(config), CHECKS):
             tell(finding)
     finally:
         leave()

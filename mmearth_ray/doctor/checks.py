@@ -7,17 +7,20 @@ from dataclasses import replace
 from pathlib import Path
 
 from mmearth_ray.config import most_workers, worker_counts
-from mmearth_ray.doctor import judge, machine, places
+from mmearth_ray.doctor import judge, machine, needs, places
 from mmearth_ray.doctor.case import CACHE, CHECKPOINTS, Case
 from mmearth_ray.doctor.cluster import GROUP_SECONDS, LOOK_SECONDS, RAY_DIRECTORY, SPILL_DIRECTORY, add_up, look_around
 from mmearth_ray.doctor.findings import Check, Finding, NotChecked
 from mmearth_ray.doctor.group import BUFFER, bus_rate
 from mmearth_ray.errors import DataError
-from mmearth_ray.experiment import open_experiment
+from mmearth_ray.experiment import open_experiment, steps_of
+from mmearth_ray.plan.memory import FLOAT
 from mmearth_ray.pretrain import check_hang_timeout, check_stays
 from mmearth_ray.progress import counted
 from mmearth_ray.shards.manifest import MANIFEST, load_manifest
+from mmearth_ray.storage import sizes
 from mmearth_ray.stream.cache import Cache
+from mmearth_ray.train.checkpoint import committed
 from mmearth_ray.train.launch import start_ray
 from mmearth_ray.train.room import ask_for, uses_gpus, wait_for_room
 
@@ -34,14 +37,15 @@ def check_settings(case: Case) -> Iterator[Finding]:
         check_hang_timeout(case.config, case.shards())
     model, train, counts = case.config.model, case.config.train, worker_counts(case.config)
     workers = counted(counts[-1], "worker") if len(counts) == 1 else f"{counts[0]} to {counts[-1]} workers"
-    text = f"{model.size}, {case.needs.weights / 1e6:,.1f} M weights, {workers} with train.engine={train.engine}"
+    text = f"{model.size}, {case.weights / 1e6:,.1f} M weights, {workers} with train.engine={train.engine}"
     yield Finding("ok", "settings", text)
 
 
 def check_data(case: Case) -> Iterator[Finding]:
     """Whether pretrain would take the data sets: manifests, tiles, statistics."""
-    alone = replace(case.config, data=replace(case.config.data, cache=""))  # what was read would stay there
-    experiment = open_experiment(alone, *case.shards())
+    config = case.config  # without the cache, where what was read would stay; checkpoints have checks of their own
+    alone = replace(config, data=replace(config.data, cache=""), checkpoint=replace(config.checkpoint, directory=""))
+    case.experiment = experiment = open_experiment(alone, *case.shards())
     held_out = f"{experiment.held_out.samples:,}" if experiment.held_out else "none"
     text = f"{experiment.source.samples:,} tiles to train on, {held_out} held out"
     yield Finding("ok", "data", f"{text}; {experiment.steps:,} steps of {case.config.train.global_batch} tiles")
@@ -57,7 +61,7 @@ def check_ray(case: Case) -> Iterator[Finding]:
 
 def check_room(case: Case) -> Iterator[Finding]:
     """Wait for room as a run does, which asks a cluster that grows for machines; `leave` takes that back."""
-    gpus, most = case.with_ray(), most_workers(case.config)
+    gpus, most = case.uses_gpus(), most_workers(case.config)
     case.room = wait_for_room(case.config, gpus, ask=ask_for)
     assert case.room is not None  # nothing stops the wait
     text = f"{counted(case.room.workers, 'worker')} {'with a GPU each' if gpus else 'on CPUs'}, data tasks of each have "
@@ -98,31 +102,58 @@ def _shared(case: Case, stack: ExitStack) -> dict[str, machine.Shared]:
 
 
 def check_what_was_seen(case: Case) -> Iterator[Finding]:
-    """Everything that the machines said of themselves."""
-    nodes, needs, gpus = case.nodes, case.needs, bool(case.gpus)
+    """What the machines said of themselves."""
+    nodes = case.machines()
     yield from judge.versions(nodes, machine.versions())
-    yield from judge.gpus(nodes, gpus, case.config.train.precision)
-    yield from judge.memory(nodes, gpus, needs, case.room.workers if case.room else most_workers(case.config))
+    yield from judge.gpus(nodes, bool(case.gpus), case.config.train.precision)
     yield from judge.open_files(nodes)
     yield from judge.shared_memory(nodes)
     if case.gpus is not None:
-        yield from judge.object_store(nodes, needs)
         yield from judge.ray_disk(nodes, RAY_DIRECTORY, everywhere=True)
         yield from judge.ray_disk(nodes, SPILL_DIRECTORY, everywhere=False)
     yield from judge.clocks(nodes)
-    if CHECKPOINTS in case.disks:
-        yield from judge.disk("disk", nodes, CHECKPOINTS, needs.checkpoints, "checkpoints")
-    if CACHE in case.disks:
-        yield from judge.disk("data.cache", nodes, CACHE, case.config.data.cache_gb * 1e9, "shards that are kept")
     for folder in case.shared:
         yield from judge.sharing(nodes, str(folder), "seen and written")
     for folder in case.shared_shards:
         yield from judge.sharing(nodes, str(folder), "seen")
 
 
+def check_memory(case: Case) -> Iterator[Finding]:
+    """Whether the machines that workers run on hold what the plan counts."""
+    nodes, gpus, workers = case.machines(), bool(case.gpus), case.workers
+    taken = needs.memory_of(case.config, workers, on_gpu=gpus)
+    yield from judge.memory(nodes, gpus, taken, workers, offload=case.config.train.offload)
+
+
+def check_object_store(case: Case) -> Iterator[Finding]:
+    if case.gpus is None:
+        return
+    nodes = case.machines()
+    if case.experiment is None:
+        raise NotChecked("what tiles take is known of data sets that can be opened")
+    yield from judge.object_store(nodes, needs.object_store(case.config, case.experiment.source, case.workers))
+
+
+def check_disks(case: Case) -> Iterator[Finding]:
+    """Whether what the run keeps has room, beside what is there of it already."""
+    disks, nodes = case.disks, case.machines()
+    if CACHE in disks:
+        yield from judge.disk("data.cache", nodes, CACHE, case.config.data.cache_gb * 1e9, "shards that are kept")
+    if CHECKPOINTS not in disks:
+        return
+    if case.experiment is None and case.config.train.epochs:
+        raise NotChecked("how many steps train.epochs are is known of data sets that can be opened")
+    steps = case.experiment.steps if case.experiment else steps_of(case.config.train, 0)
+    there, each = committed(disks[CHECKPOINTS]), 3 * FLOAT * case.weights  # weights and two moments
+    held = sum(sum(sizes(path).values()) for path in there)
+    wanted = max(each, needs.most_checkpoints(case.config, steps) * each - held)
+    what = f"checkpoints beside the {len(there)} that are there" if there else "checkpoints"
+    yield from judge.disk("disk", nodes, CHECKPOINTS, wanted, what)
+
+
 def check_all_reduce(case: Case) -> Iterator[Finding]:
     """A group of workers adds up a buffer as large as several of DDP's."""
-    gpus = case.with_ray()
+    gpus = case.uses_gpus()
     if case.room is None:
         raise NotChecked("there is no room for the workers")
     seats, seconds = add_up(case.room.workers, gpus)
@@ -132,7 +163,7 @@ def check_all_reduce(case: Case) -> Iterator[Finding]:
         yield Finding("ok", "all-reduce", f"{where} starts; there is nothing to add up with others")
         return
     rate = bus_rate(BUFFER, seconds, len(seats))
-    step = seconds * case.needs.gradients / BUFFER
+    step = seconds * case.weights * FLOAT / BUFFER
     text = f"right on {where}: {judge.size(BUFFER)} in {seconds:.3f} s, {judge.size(rate)}/s a link"
     text += f"; a step's gradients take {step:.3f} s"
     if rate < SLOW_LINK:
@@ -175,6 +206,9 @@ def _check(subject: str, look: Callable[[Case], Iterator[Finding]], seconds: flo
     return Check(subject, look, seconds)
 
 
+MEMORY_SECONDS = 300.0
+"""Until the passes of the largest model have been followed: 12 s on one core that others use as well."""
+
 STORAGE_SECONDS = 180.0
 """Longer than a store that stays away is asked again (`Patience`: 90 s), and a request for the probe takes (94 s)."""
 
@@ -185,6 +219,9 @@ CHECKS = (
     _check("room", check_room, None),  # train.wait is its limit
     _check("machines", check_machines, LOOK_SECONDS + 60),
     _check("machines", check_what_was_seen),
+    _check("memory", check_memory, MEMORY_SECONDS),
+    _check("object store", check_object_store),
+    _check("disk", check_disks),
     _check("all-reduce", check_all_reduce, 5 * GROUP_SECONDS),
     _check("run.directory", check_run_directory, STORAGE_SECONDS),
     _check("checkpoints", check_checkpoint_directory, STORAGE_SECONDS),

@@ -3,7 +3,9 @@
 import os
 import shutil
 import time
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -16,7 +18,7 @@ from ray.util import get_node_ip_address, remove_placement_group
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy, PlacementGroupSchedulingStrategy
 
-from mmearth_ray.doctor.findings import one_line
+from mmearth_ray.doctor.findings import told
 from mmearth_ray.doctor.group import BUFFER, Member, Seat
 from mmearth_ray.doctor.judge import Nodes, Offer
 from mmearth_ray.doctor.machine import Machine, Wanted, look
@@ -31,6 +33,9 @@ LOOK_SECONDS = 90.0
 
 CLOCK_SECONDS = 10.0
 """Until a machine that has looked at itself has told its time."""
+
+ASKED_TOGETHER = 64
+"""Machines that are asked for the time side by side."""
 
 GROUP_SECONDS = 120.0
 """Until a group of workers has come together, and again until it has added up its buffers; a run gives it 60 s to start."""
@@ -70,7 +75,7 @@ def _for_a_while(actors: Sequence[Any]) -> Iterator[None]:
 def look_around(wanted: Wanted, seconds: float = LOOK_SECONDS) -> tuple[Nodes, dict[str, str]]:
     """Every machine that takes work and what Ray has on it; and why others said nothing, by name."""
     leaving = draining()
-    alive = {_name(node): node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving}
+    alive = named([node for node in ray.nodes() if node["Alive"] and node["NodeID"] not in leaving])
     witness: Any = ray.remote(Witness)
     actors = {
         name: witness.options(
@@ -78,31 +83,40 @@ def look_around(wanted: Wanted, seconds: float = LOOK_SECONDS) -> tuple[Nodes, d
         ).remote()
         for name, node in alive.items()
     }  # fmt: skip
+    found: dict[str, Machine] = {}
     silent: dict[str, str] = {}
-    nodes = []
     with _for_a_while(list(actors.values())):
         asked = {name: actor.look.remote(wanted, name) for name, actor in actors.items()}
         ray.wait(list(asked.values()), num_returns=len(asked), timeout=seconds)
         for name, answer in asked.items():
             try:
-                machine = ray.get(answer, timeout=0)
-                nodes.append((machine, _offer(alive[name]["Resources"], _skew(actors[name]))))
+                found[name] = ray.get(answer, timeout=0)
             except GetTimeoutError:
                 silent[name] = f"no answer within {seconds:g} s"
             except Exception as error:  # of its process's start, or of what it met there
-                silent[name] = one_line(error)
-    return nodes, silent
+                silent[name] = told(error)
+        ahead = skews([actors[name] for name in found])
+    offers = [_offer(alive[name]["Resources"], skew) for name, skew in zip(found, ahead, strict=True)]
+    return list(zip(found.values(), offers, strict=True)), silent
 
 
-def _name(node: dict[str, Any]) -> str:
-    """A machine's address, and the end of its id: several may be on one machine."""
-    same = [other for other in ray.nodes() if other["Alive"] and other["NodeManagerAddress"] == node["NodeManagerAddress"]]
-    return node["NodeManagerAddress"] + (f" {node['NodeID'][-6:]}" if len(same) > 1 else "")
+def named(nodes: Sequence[dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Ray's nodes by their addresses, with the end of their ids where several are on one machine."""
+    count = Counter(node["NodeManagerAddress"] for node in nodes)
+    return {
+        where + (f" {n['NodeID'][-6:]}" if count[where] > 1 else ""): n for n in nodes for where in [n["NodeManagerAddress"]]
+    }
 
 
 def _offer(resources: dict[str, float], skew: float | None) -> Offer:
     found = (resources.get(name, 0.0) for name in ("CPU", "GPU", "object_store_memory"))
     return Offer(*found, skew=skew)
+
+
+def skews(witnesses: Sequence[Any]) -> list[float | None]:
+    """How far the machines' clocks are ahead, in their order; all are asked side by side, as one may be silent."""
+    with ThreadPoolExecutor(ASKED_TOGETHER) as pool:
+        return list(pool.map(_skew, witnesses))
 
 
 def _skew(witness: Any) -> float | None:
@@ -164,7 +178,7 @@ def _answers(asked: list[Any], names: list[str], seconds: float, what: str) -> l
         try:
             ray.get(answer)
         except Exception as error:
-            raise DataError(f"worker {names[asked.index(answer)]} could not {what}: {one_line(error)}") from error
+            raise DataError(f"worker {names[asked.index(answer)]} could not {what}: {told(error)}") from error
     if late:
         missing = " and ".join(names[asked.index(answer)] for answer in late)
         raise DataError(f"worker {missing} did not {what} within {seconds:g} s; check firewalls and names between the "

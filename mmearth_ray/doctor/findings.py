@@ -5,6 +5,8 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Generic, Literal, NamedTuple, TypeVar
 
+from mmearth_ray.errors import one_line
+
 T = TypeVar("T")
 Level = Literal["ok", "warning", "failed"]
 
@@ -52,7 +54,7 @@ def _findings(check: Check[T], case: T) -> list[Finding]:
         except NotChecked as reason:
             found.append(Finding("warning", check.subject, f"not checked: {reason}"))
         except Exception as error:  # of whatever library: the next check is to run all the same
-            found.append(Finding("failed", check.subject, one_line(error)))
+            found.append(Finding("failed", check.subject, told(error)))
 
     if check.seconds is None:
         look()
@@ -66,11 +68,11 @@ def _findings(check: Check[T], case: T) -> list[Finding]:
     return found
 
 
-def one_line(error: BaseException) -> str:
+def told(error: BaseException) -> str:
     """What went wrong, of an error of whatever library: one line of at most 300 characters.  Ray's name their cause."""
     cause = getattr(error, "cause", None)
     own = cause if isinstance(cause, BaseException) else error
-    return " ".join(str(own).split())[:300] or type(own).__name__
+    return one_line(own, 300)
 
 
 def summary(findings: Iterable[Finding]) -> str:

@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 from mmearth_ray.doctor.findings import Finding, Level
 from mmearth_ray.doctor.machine import Disk, Machine
-from mmearth_ray.doctor.needs import Needs
+from mmearth_ray.plan.memory import SPARE, Memory
 from mmearth_ray.progress import counted
 
 OPEN_FILES = 8192
@@ -123,29 +123,33 @@ def gpus(nodes: Nodes, wanted: bool, precision: str) -> Iterator[Finding]:
     yield from grouped("GPUs", nodes, verdict)
 
 
-def memory(nodes: Nodes, wanted: bool, needs: Needs, workers: int) -> Iterator[Finding]:
-    """Whether what the workers of a machine hold beside activations fits; those come on top."""
+def memory(nodes: Nodes, on_gpus: bool, taken: Memory, workers: int, *, offload: bool) -> Iterator[Finding]:
+    """Whether what the workers of a machine hold at most fits there, of machines that offer what workers run on."""
+
+    def places(offer: Offer) -> int:
+        return int(offer.gpus if on_gpus else offer.cpus)
 
     def verdict(machine: Machine, offer: Offer) -> Verdict:
-        on_gpus = bool(wanted and machine.gpus)
-        taken = needs.state - needs.offloaded if on_gpus else needs.state
-        text = f"a worker's weights, gradients, moments and buffers take {size(taken)}, activations come on top"
-        here = min(workers, int(offer.gpus if on_gpus else offer.cpus)) or 1
+        here, left = min(workers, places(offer)), machine.memory - offer.store
         store = f" less {size(offer.store)} object store" if offer.store else ""
         host = f"{counted(here, 'worker')} on {size(machine.memory)}{store}"
-        room = machine.memory - offer.store
+        own = taken.on_gpu(offload=offload) if on_gpus else taken.total
+        text = f"a worker takes {size(own)}, {size(taken.activations)} of it for activations"
         if on_gpus:
-            least = min(gpu.memory for gpu in machine.gpus)
-            fits = (not least or taken < least) and here * needs.offloaded < room  # 0: the driver does not tell
-            text += f"; a GPU has {size(least)}"
-            text += f"; train.offload takes {size(needs.offloaded)} of the host for each: {host}" if needs.offloaded else ""
+            least, moved = min((gpu.memory for gpu in machine.gpus), default=0), taken.total - own
+            fits = (not least or own <= (1 - SPARE) * least) and here * moved < left  # 0: the driver does not tell
+            text += f"; a GPU has {size(least)}, {SPARE:.0%} of it for CUDA" if least else "; a GPU does not tell what it has"
+            text += f"; train.offload takes {size(moved)} of the host for each: {host}" if moved else ""
         else:
-            fits = here * taken < room
+            fits = here * own < left
             text += f"; {host}"
-        advice = "" if fits else "; use train.engine=zero3, a smaller model.size or larger machines"
+        advice = "" if fits else "; use train.engine=zero3, a smaller train.micro_batch or model.size, or larger machines"
         return ("ok" if fits else "failed"), f"{text}{advice}"
 
-    yield from grouped("memory", [n for n in nodes if not wanted or n[1].gpus] or nodes, verdict)
+    offering = [(machine, offer) for machine, offer in nodes if places(offer) > 0]
+    if not offering:
+        yield Finding("warning", "memory", f"not checked: no machine offers {'a GPU' if on_gpus else 'CPUs'} to workers")
+    yield from grouped("memory", offering, verdict)
 
 
 def shared_memory(nodes: Nodes) -> Iterator[Finding]:
@@ -164,10 +168,10 @@ def shared_memory(nodes: Nodes) -> Iterator[Finding]:
     yield from grouped("shared memory", nodes, verdict)
 
 
-def object_store(nodes: Nodes, needs: Needs) -> Iterator[Finding]:
+def object_store(nodes: Nodes, wanted: float) -> Iterator[Finding]:
     total = sum(offer.store for _, offer in nodes)
-    text = f"{size(total)} in all, batches read ahead take up to {size(needs.store)}"
-    if total < needs.store:
+    text = f"{size(total)} in all, batches read ahead take up to {size(wanted)}"
+    if total < wanted:
         yield Finding("warning", "object store", f"{text}: less is read ahead; lower data.read_ahead or data.tiles_per_task, "
                       "or start Ray with more --object-store-memory")  # fmt: skip
     else:

@@ -12,9 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from mmearth_ray.plan.passes import Passes
-from mmearth_ray.train.zero import BUCKET, KEPT_WHOLE, LIVE
+from mmearth_ray.train.zero import KEPT_WHOLE, LIVE, bucket_of
 
-FLOAT = 4  # bytes of a float32
+FLOAT = 4
+"""Bytes of a weight, of its gradient and of each of AdamW's two moments: all float32, also under autocast."""
+
+SPARE = 0.1
+"""Share of a GPU's memory that is left to CUDA, its libraries and gaps."""
 
 
 @dataclass(frozen=True)
@@ -34,6 +38,10 @@ class Memory:
     def total(self) -> float:
         return self.weights + self.gradients + self.optimizer + self.buffers + self.activations
 
+    def on_gpu(self, *, offload: bool) -> float:
+        """Bytes of a GPU's memory: with `train.offload` what the optimizer holds is in the host's."""
+        return self.total - (self.optimizer if offload else 0)
+
 
 @dataclass(frozen=True)
 class Load:
@@ -45,9 +53,9 @@ class Load:
     accumulates: bool
 
     @property
-    def moments(self) -> Iterator[tuple[int, int]]:
-        """Bytes of activations, and elements of the gradients that are there, one moment after the other."""
-        return ((moment.activations(self.tiles), moment.done) for moment in self.passes.moments)
+    def snapshots(self) -> Iterator[tuple[int, int]]:
+        """Bytes of activations, and elements of the gradients that are there, one stretch of the passes after the other."""
+        return ((one.activations(self.tiles), one.done) for one in self.passes.snapshots)
 
     @property
     def elements(self) -> int:
@@ -60,21 +68,21 @@ class Load:
 
     @property
     def bucket(self) -> int:
-        return min(BUCKET, self.elements + 1) // 2 * 2
+        return bucket_of(self.elements)
 
 
 def of_ddp(load: Load) -> Iterator[Memory]:
     """Everything on every worker.  Several workers keep their gradients, the buckets that travel, from step to step."""
     whole = load.elements
     kept = load.workers > 1 or load.accumulates
-    for activations, done in load.moments:
+    for activations, done in load.snapshots:
         yield _memory(whole, whole if kept else done, 2 * whole, 0, activations)
 
 
 def of_zero1(load: Load) -> Iterator[Memory]:
     """Gradients are whole until the step's last backward pass is done; then they go through the bucket."""
     whole, part = load.elements, load.part
-    for activations, done in load.moments:
+    for activations, done in load.snapshots:
         buffers = load.bucket if done else 0
         yield _memory(whole, whole if load.accumulates else done, 3 * part, buffers, activations)
     yield _memory(whole, max(0, whole - load.bucket) + part, 3 * part, load.bucket, 0)
@@ -84,7 +92,7 @@ def of_zero2(load: Load) -> Iterator[Memory]:
     """Gradients go through the bucket as they come; a worker keeps its part, of this micro-batch and of those before."""
     whole, part = load.elements, load.part
     before = part if load.accumulates else 0
-    for activations, done in load.moments:
+    for activations, done in load.snapshots:
         mine = part if done > load.bucket else 0
         yield _memory(whole, before + mine, 3 * part, load.bucket if done else 0, activations)
     yield _memory(whole, before + part, 3 * part, load.bucket, 0)
@@ -99,7 +107,7 @@ def of_zero3(load: Load) -> Iterator[Memory]:
     """
     whole, part = load.elements, load.part
     small = sum(n for n in load.passes.parameters if n < KEPT_WHOLE)
-    for activations, done in load.moments:
+    for activations, done in load.snapshots:
         gathered = min(max(whole - small - done, 0), LIVE)
         copied = not done or done >= load.bucket
         buffers = load.bucket * (2 if copied else 1)

@@ -17,12 +17,12 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from mmearth_ray.config import input_of, normalised_targets, targets_of, turns_of, visible_patches
+from mmearth_ray.config import input_of, normalised_targets, sizes_of, targets_of, visible_patches
+from mmearth_ray.experiment import build_model
 from mmearth_ray.keys import Config
 from mmearth_ray.modalities import PRODUCTS, Kind, Level, Missing, Modality
-from mmearth_ray.model.encoder import Stem
-from mmearth_ray.model.layers import PackedLayout, Scope
-from mmearth_ray.model.mpmae import MPMAE, build_mpmae
+from mmearth_ray.model.layers import PackedLayout
+from mmearth_ray.model.mpmae import MPMAE
 from mmearth_ray.objective import Objective, Weighting
 from mmearth_ray.train.engine import recompute_blocks
 
@@ -43,8 +43,8 @@ class Bytes:
 
 
 @dataclass(frozen=True)
-class Moment:
-    """A stretch of the passes between the gradients of two parameters.
+class Snapshot:
+    """What is held in the stretch of the passes between the gradients of two parameters.
 
     levels: of the activations, those that are the highest for some micro-batch.  done: elements of the parameters whose
     gradients are there when it begins; they are not among the activations.
@@ -63,7 +63,7 @@ class Passes:
     """The passes of a micro-batch, and the model's parameters: elements of each."""
 
     parameters: tuple[int, ...]
-    moments: tuple[Moment, ...]
+    snapshots: tuple[Snapshot, ...]
 
 
 def follow(config: Config, *, on_gpu: bool = True) -> list[Passes]:
@@ -71,8 +71,7 @@ def follow(config: Config, *, on_gpu: bool = True) -> list[Passes]:
 
     `on_gpu`: the computation is that of GPUs, by the packed backend.
     """
-    sizes = turns_of(config.model) or [(config.model.image_size, config.model.patch_size)]
-    return [_follow(config, image_size, patch_size, on_gpu) for image_size, patch_size in sizes]
+    return [_follow(config, image_size, patch_size, on_gpu) for image_size, patch_size in sizes_of(config.model)]
 
 
 def _follow(config: Config, image_size: int, patch_size: int, on_gpu: bool) -> Passes:
@@ -89,7 +88,7 @@ def _follow(config: Config, image_size: int, patch_size: int, on_gpu: bool) -> P
             with torch.autocast("cpu", torch.bfloat16, enabled=config.train.precision == "bf16"):
                 loss, _ = objective(batch, totals, 1.0)
             loss.backward()
-        return Passes(tuple(p.numel() for p in objective.parameters()), tuple(watch.moments))
+        return Passes(tuple(p.numel() for p in objective.parameters()), tuple(watch.snapshots))
 
 
 class _OnGPU(PackedLayout):
@@ -106,7 +105,7 @@ class Watch(TorchDispatchMode):
         self.known = {t.untyped_storage()._cdata for t in held}
         self.tiles, self.live, self.done = tiles, Bytes(0, 0), 0
         self.levels = [self.live]
-        self.moments: list[Moment] = []
+        self.snapshots: list[Snapshot] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
@@ -135,7 +134,7 @@ class Watch(TorchDispatchMode):
 
     @contextmanager
     def gradients_of(self, module: nn.Module) -> Iterator[None]:
-        """Let every gradient go as soon as it is there, and write down the moment that ends with it."""
+        """Let every gradient go as soon as it is there, and write down the stretch that ends with it."""
         hooks = [p.register_post_accumulate_grad_hook(self._arrived) for p in module.parameters()]
         yield
         self._note()
@@ -149,7 +148,7 @@ class Watch(TorchDispatchMode):
         self.levels = [self.live]
 
     def _note(self) -> None:
-        self.moments.append(Moment(tuple(a for a in self.levels if not any(_above(b, a) for b in self.levels)), self.done))
+        self.snapshots.append(Snapshot(tuple(a for a in self.levels if not any(_above(b, a) for b in self.levels)), self.done))
 
 
 def _above(one: Bytes, other: Bytes) -> bool:
@@ -160,15 +159,10 @@ def _above(one: Bytes, other: Bytes) -> bool:
 def build(config: Config) -> Objective:
     """The objective that a run with these settings trains, whatever its weights and statistics."""
     model, entry, targets = config.model, input_of(config), targets_of(config)
-    others = dict.fromkeys(patch for _, patch in turns_of(model) if patch != model.patch_size)
-    network = build_mpmae(
-        size=model.size, in_channels=len(entry.bands), image_size=model.image_size, patch_size=model.patch_size,
-        targets=targets, stem=cast(Stem, model.stem), grn=cast(Scope, model.grn), decoder_width=model.decoder_width,
-        decoder_depth=model.decoder_depth, others=tuple(others),
-    )  # fmt: skip
     none = {m.name: torch.ones(len(PRODUCTS), len(m.bands)) for m in (entry, *targets) if m.kind is Kind.CONTINUOUS}
     return Objective(
-        network, input=entry, targets=targets, statistics={name: (ones, ones) for name, ones in none.items()},
+        build_model(config, "packed"), input=entry, targets=targets,
+        statistics={name: (ones, ones) for name, ones in none.items()},
         normalise_targets=frozenset(normalised_targets(config)), missing=cast(Missing, model.missing),
         weighting=cast(Weighting, model.weighting),
     )  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from mmearth_ray.errors import DataError
+from mmearth_ray.errors import DataError, one_line
 from mmearth_ray.files import complete_or_absent
 from mmearth_ray.patience import PATIENCE, Absent, Patience, note
 from mmearth_ray.shards.manifest import Manifest
@@ -48,7 +48,7 @@ def shard_metadata(path: Location) -> pa.Table:
     except DataError:
         raise
     except (OSError, LookupError, pa.ArrowException) as error:
-        raise DataError(f"the metadata of {path} cannot be read ({' '.join(str(error).split())[:200]})") from error
+        raise DataError(f"the metadata of {path} cannot be read ({one_line(error)})") from error
 
 
 def read_metadata(manifest: Manifest, record: MetadataRecord, patience: Patience = PATIENCE) -> pa.Table:

@@ -6,7 +6,7 @@ from functools import cached_property
 
 import pyarrow as pa
 
-from mmearth_ray.errors import DataError
+from mmearth_ray.errors import DataError, one_line
 from mmearth_ray.shards.manifest import Manifest
 from mmearth_ray.shards.metadata import COLUMNS, SCHEMA, read_metadata
 from mmearth_ray.shards.write import ShardRecord
@@ -57,5 +57,4 @@ def _of_shard(manifest: Manifest, record: ShardRecord, reading: Reading) -> pa.T
                             "build the data set again")  # fmt: skip
         return file.read(columns=list(COLUMNS), use_threads=False).select(list(COLUMNS)).cast(SCHEMA)
     except (OSError, LookupError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"the shard {shard.place} is damaged ({reason}); `shards verify` tells more") from error
+        raise DataError(f"the shard {shard.place} is damaged ({one_line(error)}); `shards verify` tells more") from error

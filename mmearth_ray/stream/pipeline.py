@@ -53,11 +53,9 @@ def stream(
     The next window is begun before the last batches of one are taken, so that reading ahead goes on.  Raises DataError, as the
     task that met it put it, if a shard is missing or damaged.
     """
-    tiles_per_task = max(tiles_per_task, source.tiles_held)
-    per_task = _batches_per_task(source, ranges, tiles_per_task)
-    tiles_ahead = read_ahead * ranges.micro_batch + 2 * max(tiles_per_task, ranges.micro_batch)
-    per_tile = max(bytes_per_tile(spec) for spec in (source.spec, *source.turns))
-    _configure(share, 2 * tiles_ahead * per_tile, ranges.micro_batch * per_tile)
+    per_task = _batches_per_task(source, ranges, max(tiles_per_task, source.tiles_held))
+    wanted = wanted_bytes(source, ranges.micro_batch, tiles_per_task=tiles_per_task, read_ahead=read_ahead)
+    _configure(share, wanted, ranges.micro_batch * _tile_bytes(source))
 
     held = ray.put(source)
 
@@ -83,6 +81,17 @@ def stream(
                 current = coming.result() if coming else iter(())
     except RayError as error:
         raise user_error(error) or error from error
+
+
+def wanted_bytes(source: Source, micro_batch: int, *, tiles_per_task: int, read_ahead: int) -> int:
+    """Bytes of the object store that a worker's pipeline asks for: twice the batches that are ready or under way."""
+    tiles_ahead = read_ahead * micro_batch + 2 * max(tiles_per_task, source.tiles_held, micro_batch)
+    return 2 * tiles_ahead * _tile_bytes(source)
+
+
+def _tile_bytes(source: Source) -> int:
+    """Of a prepared tile, of the largest of the image sizes."""
+    return max(bytes_per_tile(spec) for spec in (source.spec, *source.turns))
 
 
 def windows(tasks: int, most: int) -> Iterator[range]:

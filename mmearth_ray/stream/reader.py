@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 import pyarrow as pa
 
-from mmearth_ray.errors import DataError
+from mmearth_ray.errors import DataError, one_line
 from mmearth_ray.modalities import PRODUCTS, Kind, Level, Modality
 from mmearth_ray.shards.schema import column_type
 from mmearth_ray.stream.pages import read_labels, read_strings, read_values
@@ -72,8 +72,7 @@ def decode(fetched: Fetched, shard: Shard, group: int, tile_size: int, modalitie
 
 
 def unreadable(shard: Shard, group: int, error: Exception) -> DataError:
-    reason = " ".join(str(error).split())[:200]
-    return DataError(f"cannot read row group {group} of {shard.place} ({reason}); `shards verify` tells more")
+    return DataError(f"cannot read row group {group} of {shard.place} ({one_line(error)}); `shards verify` tells more")
 
 
 BOOL = np.dtype(bool)

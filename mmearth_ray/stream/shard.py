@@ -19,7 +19,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from upath import UPath
 
-from mmearth_ray.errors import DataError
+from mmearth_ray.errors import DataError, one_line
 from mmearth_ray.patience import note
 from mmearth_ray.shards.write import CONTENT, ShardRecord
 from mmearth_ray.storage import Absent, Location, Patience, Stamp, counted_stamp, read_ranges
@@ -123,8 +123,7 @@ def _fetch(shard: Shard, groups: Sequence[int], columns: Sequence[str], reading:
     except PermissionError as error:
         raise DataError(f"the shard {shard.place} cannot be read (permission denied); change its permissions") from error
     except (OSError, pa.ArrowException) as error:
-        reason = " ".join(str(error).split())[:200]
-        raise DataError(f"the shard {shard.place} is damaged ({reason}); `shards verify` tells more") from error
+        raise DataError(f"the shard {shard.place} is damaged ({one_line(error)}); `shards verify` tells more") from error
 
 
 def _index(shard: Shard, footer: pq.FileMetaData, stamp: Stamp, known: Indices) -> Index:

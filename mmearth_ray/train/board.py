@@ -1,10 +1,12 @@
-"""The line between a run's workers and its driver: progress one way, the wish to stop the other, and an error that is final."""
+"""The line between a run's workers and its driver: progress and warnings one way, the wish to stop the other, and an error
+that is final."""
 
 import os
 import signal
+import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from typing import Any
 
@@ -22,16 +24,19 @@ class Board:
         self.progress: dict[str, Any] = {}
         self.stop = False
         self.fatal = ""
+        self.warnings: list[str] = []
 
-    def exchange(self, progress: dict[str, Any] | None) -> bool:
-        """Rank 0's side: leave the latest progress, learn whether to stop."""
+    def exchange(self, progress: dict[str, Any] | None, warnings: Sequence[str], before: int) -> bool:
+        """Rank 0's side: leave the latest progress and the warnings that follow so many earlier ones, learn whether to stop."""
         self.progress = progress or self.progress
+        self.warnings[before:] = warnings  # what comes again, as an answer was lost, is the same
         return self.stop
 
-    def look(self, stop: bool) -> tuple[dict[str, Any], str]:
-        """The driver's side: leave the wish to stop, learn the progress and the final error, if there is one."""
+    def look(self, stop: bool, seen: int) -> tuple[dict[str, Any], str, list[str]]:
+        """The driver's side: leave the wish to stop, learn the progress, the final error, if there is one, and the warnings
+        after those it has seen."""
         self.stop = self.stop or stop
-        return self.progress, self.fatal
+        return self.progress, self.fatal, self.warnings[seen:]
 
     def fail(self, message: str) -> None:
         self.fatal = self.fatal or message
@@ -53,6 +58,9 @@ class Silent:
     def should_stop(self) -> bool:
         return False
 
+    def warn(self, text: str) -> None:
+        pass
+
 
 class BoardLine:
     """Rank 0's line to the board, kept up by a thread so that a step never waits for it.
@@ -64,6 +72,8 @@ class BoardLine:
         self.board, self.patience = board, patience
         self.progress: dict[str, Any] | None = None
         self.stop: bool = False
+        self.warnings: list[str] = []
+        self.delivered = 0
         self.told = time.monotonic()
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._keep_up, daemon=True)
@@ -75,6 +85,9 @@ class BoardLine:
     def should_stop(self) -> bool:
         return self.stop
 
+    def warn(self, text: str) -> None:
+        self.warnings.append(text)
+
     def close(self) -> None:
         """Leave the last progress behind and end the thread."""
         self.closing.set()
@@ -84,7 +97,9 @@ class BoardLine:
         while True:
             last = self.closing.wait(0.5)
             with suppress(RayError):  # a fault that passes; if the board is gone, so is the driver
-                asked = bool(ray.get(self.board.exchange.remote(self.progress)))
+                new = self.warnings[self.delivered :]
+                asked = bool(ray.get(self.board.exchange.remote(self.progress, new, self.delivered)))
+                self.delivered += len(new)
                 if asked and not self.stop:
                     self.told = time.monotonic()
                 self.stop = asked
@@ -125,7 +140,7 @@ class Watch:
         self.line = ProgressLine()
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._keep_up, daemon=True)
-        self.changing, self.step, self.fatal = False, 0, ""
+        self.changing, self.step, self.fatal, self.warned = False, 0, "", 0
 
     def __enter__(self) -> "Watch":
         self.thread.start()
@@ -143,11 +158,16 @@ class Watch:
             with suppress(Exception):  # of Ray's private parts or a fault that passes: there is another look
                 self.changing = self.changing or (not last and self.better())
             try:
-                progress, self.fatal = ray.get(self.board.look.remote(self.stop.asked or self.changing))
+                wish = self.stop.asked or self.changing
+                progress, self.fatal, warnings = ray.get(self.board.look.remote(wish, self.warned))
             except RayError:
                 if last:
                     return
                 continue
+            self.warned += len(warnings)
+            for text in warnings:
+                self.line.close()
+                print(f"warning: {text}", file=sys.stderr, flush=True)
             if progress and progress["step"] != self.step:
                 if started is None:
                     started = (time.monotonic(), progress["step"])

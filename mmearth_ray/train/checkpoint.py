@@ -10,14 +10,13 @@ removed first: what has none is no checkpoint.  Workers find the newest one them
 import json
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
-from torch import Tensor
 
 from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, STATE, files_of, parts_of
 from mmearth_ray.copies import at_hand
@@ -105,7 +104,7 @@ def load_state(path: Location) -> State:
 
 
 @contextmanager
-def opened(path: Location, *, moments: bool = True) -> Iterator[tuple[Mapping[str, Tensor], Mapping[str, Tensor]]]:
+def opened(path: Location, *, moments: bool = True) -> Iterator[tuple[Stored, Stored]]:
     """The checkpoint's weights and moments, on the CPU, each read when it is asked for; none of these if not wanted.
 
     Raises DataError if they cannot be read.
@@ -117,7 +116,7 @@ def opened(path: Location, *, moments: bool = True) -> Iterator[tuple[Mapping[st
             found = [Stored(files_of(local, file) or (local / file,), stack) for file in wanted]
         except (OSError, SafetensorError, Absent) as error:
             raise DataError(_unreadable(path, error)) from error
-        yield found[0], found[1] if moments else {}
+        yield found[0], found[1] if moments else Stored((), stack)
 
 
 def _unreadable(path: Location, reason: BaseException | None) -> str:

@@ -14,6 +14,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 from upath import UPath
@@ -21,7 +22,7 @@ from upath import UPath
 from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, INDEX, STATE
 from mmearth_ray.copies import scratch, upload
 from mmearth_ray.errors import DataError
-from mmearth_ray.files import flush
+from mmearth_ray.files import flush, write_failure
 from mmearth_ray.storage import Location
 from mmearth_ray.train.checkpoint import INCOMING, MOMENTS_FILE, State, checkpoint_path, committed, step_of, take_away
 from mmearth_ray.train.parts import LIMIT, Team, index_of, write_parts
@@ -148,7 +149,10 @@ class _OnStore(Begun):
             stack.pop_all()
 
     def _put(self, file: str, tensors: dict[str, Tensor]) -> None:
-        save_file(tensors, self.scratch / file)
+        try:
+            save_file(tensors, self.scratch / file)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{write_failure(self.scratch / file, error)}, on its way to {self.place}") from error
         self.uploads.append(self.thread.submit(self._upload, file))
 
     def _upload(self, file: str) -> None:

@@ -8,16 +8,17 @@ registry nor its late reports are relied on.
 import errno
 import logging
 import os
+import re
 import sys
 import time
 import traceback
 from collections.abc import Iterator
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, cast
 
 import ray
 import torch
-from ray.exceptions import RayError
 from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedError, get_context
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from safetensors import SafetensorError
@@ -37,7 +38,7 @@ from mmearth_ray.train.allocator import KEEP_FREED_MEMORY
 from mmearth_ray.train.board import BoardLine, Silent, Stop, Watch, new_board
 from mmearth_ray.train.loop import Worker, run
 from mmearth_ray.train.ownership import take_over
-from mmearth_ray.train.room import Room, ask_for, cluster_now, draining, fitting, uses_gpus, wait_for_room
+from mmearth_ray.train.room import FAULTS, Room, ask_for, cluster_now, draining, fitting, last_line, uses_gpus, wait_for_room
 
 OWN_DATA_CPUS = 2
 """Logical CPUs that a Ray of our own has beside its train workers, at least, so that data tasks always find a place."""
@@ -53,6 +54,12 @@ LOOK_SECONDS = 2.0
 
 NO_WRITING = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES)
 """Errors of the run directory that starting again would only meet again."""
+
+OUT_OF_MEMORY = re.compile("low on memory|CUDA out of memory|OutOfMemoryError|MemoryError|bad_alloc|allocate memory")
+"""How Ray's memory monitor, CUDA, Python and PyTorch say so."""
+
+PERHAPS = "OOM killer"
+"""What Ray says of a process that a signal ended: the kernel gives no reason."""
 
 
 def start_ray(config: Config) -> None:
@@ -70,8 +77,8 @@ def start_ray(config: Config) -> None:
 def launch(experiment: Experiment) -> bool:
     """Run the experiment's workers to the last step; returns whether they were asked to stop before.
 
-    Raises UsageError if the cluster has no room for them, DataError for what a worker could not do; what it knew is in
-    `error.log` in the run directory.
+    Raises UsageError if the cluster has no room for them, DataError for what a worker could not do; what is known of it is in
+    `error.log` in the run directory, if that can be written.
     """
     config = experiment.config
     gpus, failures = uses_gpus(config), Failures(experiment)
@@ -87,9 +94,12 @@ def launch(experiment: Experiment) -> bool:
                 workers = room.workers
                 try:
                     again = _run_group(experiment, room, gpus, stop)
-                except (RayError, TrainingFailedError) as error:
+                except (*FAULTS, TrainingFailedError) as error:
                     failures.add(error)
             return stop.asked
+    except DataError as error:
+        _log(experiment.run, error)
+        raise
     finally:
         ask_for(0, gpus)
 
@@ -177,11 +187,29 @@ class Failures:
         self.count = 1 if reached > self.reached else self.count + 1
         self.reached = reached
         if self.count <= limit:
-            print(f"workers were lost ({_last_line(error)}); going on after step {reached:,}", file=sys.stderr, flush=True)
+            print(f"workers were lost ({last_line(error)}); going on after step {reached:,}", file=sys.stderr, flush=True)
             return
-        log = self.experiment.run / "error.log"
+        more = _advice(error) + _log(self.experiment.run, error)
+        raise DataError(f"training ended after {limit} restarts: {last_line(error)}{more}") from error
+
+
+def _advice(error: Exception) -> str:
+    """What to do where the error tells of too little memory, or may come from it."""
+    said = "".join(traceback.format_exception(error))
+    reason = "the memory did not suffice" if OUT_OF_MEMORY.search(said) else ""
+    if not reason and PERHAPS in said:
+        reason = "if the kernel ended a worker for its memory, as dmesg would tell"
+    what = "use a smaller train.micro_batch, train.activation_checkpointing=true or more train.workers"
+    return f"; {reason}: {what}" if reason else ""
+
+
+def _log(run: Path, error: Exception) -> str:
+    """Write `error.log`; returns what is said of it, nothing where the run directory does not take it."""
+    log = run / "error.log"
+    with suppress(OSError):
         log.write_text("".join(traceback.format_exception(error)), encoding="utf-8")
-        raise DataError(f"training ended after {limit} restarts: {_last_line(error)}; {log} tells more") from error
+        return f"; {log} tells more"
+    return ""
 
 
 def _worker(settings: dict[str, Any]) -> None:
@@ -214,8 +242,3 @@ def _worker(settings: dict[str, Any]) -> None:
     finally:
         if line:
             line.close()
-
-
-def _last_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return lines[-1][:300] if lines else type(error).__name__

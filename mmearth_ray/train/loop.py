@@ -26,10 +26,11 @@ from mmearth_ray.train import checkpoint
 from mmearth_ray.train.clock import Clock
 from mmearth_ray.train.engine import Engine, first_said, send, to_device
 from mmearth_ray.train.engines import build_engine
+from mmearth_ray.train.handing import handed_out
 from mmearth_ray.train.initial import load_initial
 from mmearth_ray.train.journal import Journal, cut_back, ledger_path
 from mmearth_ray.train.nonfinite import Guard
-from mmearth_ray.train.outputs import draw_reconstructions, export_model
+from mmearth_ray.train.outputs import clear_half_written, draw_reconstructions, export_model
 from mmearth_ray.train.ownership import require_claim
 from mmearth_ray.train.parts import Team, fill
 from mmearth_ray.train.peak import Utilisation, peak_of
@@ -62,6 +63,9 @@ class Control(Protocol):
         """Whether to save and end when metrics are fetched next.  Only rank 0's answer counts."""
         ...
 
+    def warn(self, text: str) -> None:
+        """Show a line that must not be missed.  Called in any thread of rank 0; must not block."""
+
 
 OpenStream = Callable[[Source, MicroBatches], Iterator[Batch]]
 
@@ -82,11 +86,11 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
         done + 1, experiment.last_step, global_batch=config.train.global_batch,
         workers=worker.workers, rank=worker.rank, micro_batch=micro_batch_of(config, worker.workers),
     )  # fmt: skip
-    guard = Guard(experiment, engine, ranges, state.skipped_steps, state.skipped_in_a_row)
+    guard = Guard(experiment, engine, ranges, control.warn, state.skipped_steps, state.skipped_in_a_row)
     team = Team(worker.rank, worker.workers, partial(first_said, engine, worker.rank, worker.workers))
     with ExitStack() as files:
         saver = files.enter_context(Saver(experiment, guard, team, done))
-        metrics = files.enter_context(Metrics(experiment, done)) if worker.rank == 0 else None
+        metrics = files.enter_context(Metrics(experiment, done, control.warn)) if worker.rank == 0 else None
         ledger = files.enter_context(Journal(ledger_path(experiment.run, worker.rank))) if config.train.ledger else None
         stream = open_stream(experiment.source, ranges) if len(ranges) else iter(())
         stop, clock, use = False, Clock.of(worker.device), _utilisation(experiment, worker)
@@ -150,15 +154,15 @@ def _step(engine: Engine, batches: list[Batch], worker: Worker, rate: float, clo
     A gradient that is not finite leaves the weights as they are.
     """
     clock.enter("rest")
-    mine = [send(torch.from_numpy(batch["count"].sum(0)), engine.device) for batch in batches]
-    totals = engine.all_sum(torch.stack(mine).sum(0))
+    counts = [torch.from_numpy(batch["count"].sum(0)) for batch in batches]
+    totals = engine.all_sum(torch.stack(counts).sum(0))
     share = 1.0 / (worker.workers * len(batches))
     errors = torch.zeros(len(totals), dtype=torch.float64, device=engine.device)
     for number, batch in enumerate(batches, 1):
         clock.enter("to_device")
         tensors = to_device(batch, engine.device)
         clock.enter("forward")
-        divisors = mine[number - 1] / share if local else totals
+        divisors = send(counts[number - 1] / share, engine.device) if local else totals
         errors += engine.backward(tensors, divisors, share, last=number == len(batches)).double()
     weighed_with = engine.log_variances()
     clock.enter("optimizer")
@@ -237,7 +241,7 @@ def _begin(experiment: Experiment, worker: Worker) -> tuple[Engine, checkpoint.S
         if config.model.init:
             load_initial(module, Path(config.model.init))
         return build_engine(module, config, worker.device, worker.workers), checkpoint.State(0, 0, {}, {}, {})
-    with checkpoint.opened(found) as (weights, moments):
+    with handed_out(found, worker.rank, worker.workers, worker.device) as (weights, moments):
         fill(module, weights)
         engine = build_engine(module, config, worker.device, worker.workers)
         engine.restore(moments)
@@ -249,6 +253,7 @@ def _take_back(experiment: Experiment, worker: Worker, done: int) -> None:
     if worker.rank == 0:
         remember_run(experiment)
         cut_back(experiment.run, done)
+        clear_half_written(experiment.run)
         checkpoint.clear_incoming(checkpoint.directory_of(experiment.config))
     _barrier()
 

@@ -4,7 +4,7 @@ The engines leave the update of such a step out on every worker alike.  Only the
 gives the same arrays, and every image's errors computed by themselves.
 """
 
-import sys
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -52,12 +52,14 @@ class Blame:
 class Guard:
     """Judges steps when they are fetched; all workers do so together.
 
+    warn: shows a line to people, on rank 0.
     skipped: steps of the run that were left out so far.  in_a_row: of those the last ones without a step between.
     """
 
     experiment: Experiment
     engine: Engine
     ranges: MicroBatches
+    warn: Callable[[str], None]
     skipped: int = 0
     in_a_row: int = 0
 
@@ -71,7 +73,7 @@ class Guard:
                 if end := self._end(said):
                     return entries[:number], end
                 if self.ranges.rank == 0:
-                    print(f"warning: {said}; its update was left out", file=sys.stderr, flush=True)
+                    self.warn(f"{said}; its update was left out")
                 self.skipped += 1
                 entry["skipped"] = {"targets": blame.targets, "tiles": blame.tiles, "ids": blame.ids}
             entry["skipped_steps"] = self.skipped

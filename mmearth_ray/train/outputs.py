@@ -1,5 +1,6 @@
 """What a run leaves for people and for other programs: the exported model and the reconstruction figures."""
 
+import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,12 @@ def export_model(experiment: Experiment, weights: Mapping[str, Tensor], step: in
     Of a model for several image sizes, the folder holds a model for each of the others as well.
     """
     return write_exported(experiment.run / EXPORTED, description_of(experiment, step), weights)
+
+
+def clear_half_written(run: Path) -> None:
+    """Remove what a kill left of an export."""
+    for left in run.glob(f".{EXPORTED}.*"):
+        shutil.rmtree(left, ignore_errors=True)
 
 
 def outputs_are_of(run: Path, step: int) -> bool:

@@ -16,6 +16,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from mmearth_ray.errors import DataError
+from mmearth_ray.files import write_failure
+from mmearth_ray.storage import Location
 from mmearth_ray.train.tensors import sizes_of
 
 LIMIT = 1 << 30
@@ -34,7 +36,7 @@ class Team:
     share: Callable[[str], str] = str
 
     @contextmanager
-    def together(self, what: object) -> Iterator[None]:
+    def together(self, what: Location) -> Iterator[None]:
         """A step that all workers take: the end waits for all, and where one failed, DataError is raised on every one."""
         failed, said = None, ""
         try:
@@ -42,7 +44,7 @@ class Team:
         except DataError as error:
             failed, said = error, str(error)
         except (OSError, SafetensorError) as error:
-            failed, said = error, f"cannot write the checkpoint {what}: {error}; free space and run the command again"
+            failed, said = error, write_failure(what, error)
         if said := self.share(said):
             raise DataError(said) from failed
 
@@ -113,6 +115,13 @@ class Stored(Mapping[str, Tensor]):
 
     def __getitem__(self, name: str) -> Tensor:
         return self.where[name].get_tensor(name)
+
+    def shapes(self) -> dict[str, list[int]]:
+        """Of all tensors, by name.  None is read."""
+        return {name: file.get_slice(name).get_shape() for name, file in self.where.items()}
+
+    def __contains__(self, name: object) -> bool:
+        return name in self.where
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.where)

@@ -7,7 +7,9 @@ from dataclasses import dataclass, field
 
 import torch
 
+from mmearth_ray.config import input_of, targets_of, visible_patches
 from mmearth_ray.experiment import Experiment
+from mmearth_ray.keys import Config
 from mmearth_ray.model import flops
 from mmearth_ray.stream.prepare import SampleSpec
 
@@ -93,16 +95,17 @@ class Utilisation:
 
     def _per_tile(self, spec: SampleSpec) -> int:
         if spec.image_size not in self.known:
-            self.known[spec.image_size] = step_flops(self.experiment, spec)
+            self.known[spec.image_size] = step_flops(self.experiment.config, spec.image_size, spec.patch_size)
         return self.known[spec.image_size]
 
 
-def step_flops(experiment: Experiment, spec: SampleSpec) -> int:
-    """FLOPs that the forward and the backward pass of one tile take."""
-    model = experiment.config.model
+def step_flops(config: Config, image_size: int, patch_size: int) -> int:
+    """FLOPs that the forward and the backward pass of one tile of that size take."""
+    model = config.model
     shape = flops.shape(
-        size=model.size, in_channels=len(spec.input.bands), image_size=spec.image_size, patch_size=spec.patch_size,
-        visible=spec.visible, targets=spec.targets, stem="original" if model.stem == "original" else "modified",
-        decoder_width=model.decoder_width, decoder_depth=model.decoder_depth,
+        size=model.size, in_channels=len(input_of(config).bands), image_size=image_size, patch_size=patch_size,
+        visible=visible_patches((image_size // patch_size) ** 2, model.mask_ratio), targets=targets_of(config),
+        stem="original" if model.stem == "original" else "modified", decoder_width=model.decoder_width,
+        decoder_depth=model.decoder_depth,
     )  # fmt: skip
     return flops.count(shape).step

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 import ray
 from ray.autoscaler.sdk import request_resources
+from ray.exceptions import RayError
 
 from mmearth_ray.config import most_workers, worker_counts
 from mmearth_ray.errors import UsageError
@@ -32,6 +33,9 @@ RELEASE_SECONDS = 30.0
 """How long Ray may take, after a group of workers has ended, to show as free what its processes held, and as gone what is."""
 
 POLL_SECONDS = 0.5
+
+FAULTS = (RayError, RuntimeError, OSError)
+"""What Ray raises where its cluster does not answer, for a moment or for good."""
 
 
 class Amount(NamedTuple):
@@ -63,6 +67,9 @@ class Cluster:
         left = self.total.cpus - others.cpus - DATA_CPUS
         places = sum(min(int(node.cpus), int(node.gpus)) if gpus else int(node.cpus) for node in self.nodes)
         return max(0, int(min(places, left, self.total.gpus - others.gpus if gpus else left)))
+
+
+NOTHING = Cluster((), Amount(0, 0), 0)
 
 
 class Room(NamedTuple):
@@ -129,24 +136,29 @@ def wait_for_room(
 
     `ask(workers, gpus)` is called now and then, for a cluster that adds machines on demand.  Raises UsageError if there
     is none for the fewest within `train.wait` seconds; where the run has just given up a room, `again`, within RELEASE_SECONDS
-    at least.
+    at least.  A cluster that does not answer has no room yet.
     """
     begin = since = time.monotonic()
     wait = max(config.train.wait, RELEASE_SECONDS) if again else config.train.wait
     seen, told, most = -1, False, most_workers(config)
     while not stopped():
         ask(most, gpus)
-        cluster = cluster_now()
+        cluster, fault = NOTHING, ""
+        try:
+            cluster = cluster_now()
+        except FAULTS as error:
+            fault = f"the Ray cluster does not answer ({last_line(error)}); run the same command again once it does"
         count, now = fitting(config, cluster, gpus, cluster.taken), time.monotonic()
         if count != seen:
             seen, since = count, now
         if count == most or (count and now - since >= min(SETTLE_SECONDS, wait)):
             return room_of(cluster, count)
         if not count and now - begin >= wait:
-            raise UsageError(lacking(config, cluster, gpus))
+            raise UsageError(fault or lacking(config, cluster, gpus))
         if not count and not told and now - begin > 2:
             told = True
-            print(f"waiting up to {wait:g} s for room: {lacking(config, cluster, gpus)}", file=sys.stderr, flush=True)
+            lack = fault or lacking(config, cluster, gpus)
+            print(f"waiting up to {wait:g} s for room: {lack}", file=sys.stderr, flush=True)
         time.sleep(POLL_SECONDS)
     return None
 
@@ -184,6 +196,14 @@ def ask_for(workers: int, gpus: bool) -> None:
     """Tell a cluster that adds machines on demand what the run could use; 0 takes that back.
 
     Ray Train and Ray Data tell it what they want every 20 s, over whatever was said before: so this has to be said again.
+    A cluster that does not answer now hears it the next time.
     """
     worker = {"CPU": 1, "GPU": 1} if gpus else {"CPU": 1}
-    request_resources(bundles=[worker] * workers + [{"CPU": 1}] * (DATA_CPUS if workers else 0))
+    with suppress(*FAULTS):
+        request_resources(bundles=[worker] * workers + [{"CPU": 1}] * (DATA_CPUS if workers else 0))
+
+
+def last_line(error: BaseException) -> str:
+    """The last thing an error says, in one line."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1][:300] if lines else type(error).__name__

@@ -19,6 +19,9 @@ class Gathered(Mapping[str, Tensor]):
     def __getitem__(self, name: str) -> Tensor:
         return self.gather(name)
 
+    def __contains__(self, name: object) -> bool:
+        return name in self.like
+
     def __iter__(self) -> Iterator[str]:
         return iter(self.like)
 

@@ -11,7 +11,6 @@ import os
 import queue
 import re
 import struct
-import sys
 import threading
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +21,7 @@ from types import TracebackType
 from typing import Any, Protocol
 
 from mmearth_ray import settings
+from mmearth_ray.errors import one_line
 from mmearth_ray.experiment import Experiment
 from mmearth_ray.files import atomic_text
 from mmearth_ray.train.journal import METRICS, Journal, lines
@@ -59,11 +59,11 @@ class Tracker(Protocol):
 
 
 class Metrics:
-    """The lines of a run and everything fed from them."""
+    """The lines of a run and everything fed from them.  `warn`: shows a line to people, from any thread."""
 
-    def __init__(self, experiment: Experiment, done: int) -> None:
+    def __init__(self, experiment: Experiment, done: int, warn: Callable[[str], None]) -> None:
         self.journal = Journal(experiment.run / METRICS)
-        self.feeds = [Feed(name, start, experiment.run, done) for name, start in asked_for(experiment, done)]
+        self.feeds = [Feed(name, start, experiment.run, done, warn) for name, start in asked_for(experiment, done)]
 
     def write(self, entry: dict[str, Any]) -> None:
         """One line.  Raises OSError if the file cannot take it; no tracker's error comes through."""
@@ -96,6 +96,7 @@ class Sent:
 
     def __init__(self, run: Path, name: str) -> None:
         self.path = run / SENT / re.sub(r"\W+", "-", name.lower())
+        self.handle: int | None = None
 
     def read(self) -> int:
         try:
@@ -104,19 +105,22 @@ class Sent:
             return 0
 
     def write(self, step: int) -> None:
-        self.path.parent.mkdir(exist_ok=True)
-        handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
-        try:
-            os.pwrite(handle, b"%012d\n" % step, 0)
-        finally:
-            os.close(handle)
+        if self.handle is None:
+            self.path.parent.mkdir(exist_ok=True)
+            self.handle = os.open(self.path, os.O_WRONLY | os.O_CREAT, 0o644)
+        os.pwrite(self.handle, b"%012d\n" % step, 0)
+
+    def close(self) -> None:
+        if self.handle is not None:
+            os.close(self.handle)
+            self.handle = None
 
 
 class Feed:
     """Hands lines to a tracker in a thread of its own, and stops where it fails or does not keep up."""
 
-    def __init__(self, name: str, start: Callable[[], Tracker], run: Path, done: int) -> None:
-        self.name, self.start, self.metrics, self.done = name, start, run / METRICS, done
+    def __init__(self, name: str, start: Callable[[], Tracker], run: Path, done: int, warn: Callable[[str], None]) -> None:
+        self.name, self.start, self.metrics, self.done, self.warn = name, start, run / METRICS, done, warn
         self.sent = Sent(run, name)
         self.waiting: queue.Queue[Callable[[Tracker], None] | None] = queue.Queue(WAITING)
         self.broken = self.failed = False
@@ -153,7 +157,9 @@ class Feed:
                 item(tracker)
             tracker.close(self.failed)
         except Exception as error:  # whatever a tracker's library raises: training goes on without it
-            self._give_up(" ".join(str(error).split())[:200] or type(error).__name__)
+            self._give_up(one_line(error))
+        finally:
+            self.sent.close()
 
     def log(self, entry: dict[str, Any], tracker: Tracker) -> None:
         """Give the tracker the numbers of a line, unless it has them."""
@@ -164,8 +170,8 @@ class Feed:
     def _give_up(self, why: str) -> None:
         if not self.broken:
             self.broken = True
-            print(f"warning: {self.name} gets no more of this run until it is resumed ({why}); training goes on, and "
-                  f"{self.metrics} holds everything", file=sys.stderr, flush=True)  # fmt: skip
+            self.warn(f"{self.name} gets no more of this run until it is resumed ({why}); training goes on, and "
+                      f"{self.metrics} holds everything")  # fmt: skip
 
 
 def numbers(entry: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:

@@ -191,11 +191,16 @@ class ZeroEngine:
         self.deepspeed.utils.safe_set_local_optimizer_state(parameter, mine, kind)
 
 
+def bucket_of(elements: int) -> int:
+    """Elements of the buffer in which gradients are reduced, of a model of so many: an even number."""
+    return min(BUCKET, elements + 1) // 2 * 2
+
+
 def _plan(
     module: nn.Module, stage: int, micro_batches: int, clip: float, precision: str, offload: str | bool
 ) -> dict[str, Any]:
     """DeepSpeed's configuration.  What it does where a key is absent is not relied on."""
-    bucket = min(BUCKET, sum(p.numel() for p in module.parameters()) + 1) // 2 * 2
+    bucket = bucket_of(sum(p.numel() for p in module.parameters()))
     zero: dict[str, Any] = {
         "stage": stage, "reduce_bucket_size": bucket, "allgather_bucket_size": bucket, "stage3_prefetch_bucket_size": bucket,
         "stage3_param_persistence_threshold": KEPT_WHOLE,

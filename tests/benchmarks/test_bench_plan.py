@@ -7,7 +7,6 @@ import pytest
 from benchmarks import bench_plan
 from benchmarks.bench_plan import Options, config_of, main, measured_row, write_plan
 from mmearth_ray.errors import UsageError
-from mmearth_ray.plan.__main__ import Options as PlanOptions
 
 
 @pytest.mark.parametrize("case", ["atto", "atto/ddp/1", "atto/fsdp/1/4", "atto/ddp/one/4", "atto/ddp/1/4/5"])
@@ -34,7 +33,8 @@ def test_a_measured_peak_is_near_the_planned_one_and_the_environment_stays() -> 
 
 def test_the_plan_of_all_sizes_is_written_as_it_is_printed(monkeypatch: pytest.MonkeyPatch, tmp_path) -> None:
     monkeypatch.setattr(bench_plan, "RESULTS", tmp_path)
-    monkeypatch.setattr(bench_plan, "PlanOptions", lambda: PlanOptions(sizes=["atto"], image_size=16, patch_size=8))
+    small = [*bench_plan.PUBLISHED[2:-1], "model.image_size=16", "model.patch_size=8"]
+    monkeypatch.setattr(bench_plan, "PUBLISHED", small)
     text = write_plan({"date": "2001-01-01", "commit": "abc"}).read_text()
     assert "commit abc" in text
     assert "58,594 steps" in text

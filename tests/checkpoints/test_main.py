@@ -18,7 +18,7 @@ from mmearth_ray.checkpoints.__main__ import main
 from mmearth_ray.checkpoints.folder import open_exported
 from mmearth_ray.errors import run_command
 from mmearth_ray.storage import locate, names
-from mmearth_ray.train import checkpoint
+from mmearth_ray.train import checkpoint, commit
 
 Run = Callable[..., str]
 
@@ -81,7 +81,7 @@ def test_a_checkpoint_on_a_store_exports_alike_however_many_files_hold_it(
     run: Run, s3: S3, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     data = make_data_set(tmp_path / "data", tiles=8, size=32)
-    monkeypatch.setattr(checkpoint, "LIMIT", 1 << 20)
+    monkeypatch.setattr(commit, "LIMIT", 1 << 20)
     kept = f"{s3.make_bucket()}/kept"
     train(data.directory, tmp_path / "run", "train.steps=1", "validate.tiles=0", f"checkpoint.directory={kept}")
     (place,) = checkpoint.committed(locate(kept, "checkpoint.directory"))

@@ -1,6 +1,8 @@
 """The KubeRay manifests: against KubeRay's own schemas, the lock, the image and each other."""
 
 import copy
+import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +11,7 @@ import pytest
 import yaml
 
 ROOT = Path(__file__).parents[2]
-SCHEMAS = ROOT.parent / "shared" / "schemas"
+SCHEMAS = Path(__file__).with_name("kuberay_v1.json")
 MANIFESTS = {"raycluster": "RayCluster", "rayjob": "RayJob"}
 LOCKED_RAY = next(
     line.split("==")[1] for line in (ROOT / "requirements.lock").read_text().splitlines() if line.startswith("ray==")
@@ -52,16 +54,12 @@ def closed(schema: Any) -> Any:
 @pytest.fixture(scope="module")
 def schemas() -> dict[str, Any]:
     """{kind: schema of v1}, from the definitions that KubeRay's operator installs."""
-    if not SCHEMAS.exists():
-        pytest.skip(f"no KubeRay definitions in {SCHEMAS}")
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)  # 2 MB: seconds with the one, a minute with the other
+    definitions = json.loads(SCHEMAS.read_text())
+    shared = {name: closed(schema) for name, schema in definitions["$defs"].items()}
     found = {}
-    for path in SCHEMAS.glob("ray.io_ray*.yaml"):
-        definition = yaml.load(path.read_text(), Loader=loader)["spec"]
-        (v1,) = [version for version in definition["versions"] if version["name"] == "v1"]
-        schema = closed(v1["schema"]["openAPIV3Schema"])
-        schema["properties"]["metadata"] = {"type": "object", "required": ["name"]}
-        found[definition["names"]["kind"]] = schema
+    for kind, schema in definitions["kinds"].items():
+        found[kind] = closed(schema) | {"$defs": shared}
+        found[kind]["properties"]["metadata"] = {"type": "object", "required": ["name"]}
     return found
 
 
@@ -88,6 +86,12 @@ def test_the_schemas_find_what_is_wrong(name: str, schemas: dict[str, Any]) -> N
     assert any("'rayVersoin' was unexpected" in message for message in broken(rayVersoin="2.60.0"))
     assert any("is not of type 'integer'" in m for m in broken(autoscalerOptions={"idleTimeoutSeconds": "600"}))
     assert any("'headGroupSpec' is a required" in m or "not of type" in m for m in broken(headGroupSpec="none"))
+    workers = copy.deepcopy(cluster_of(name)["workerGroupSpecs"])
+    container(workers[0])["imag"] = "mmearth-ray"
+    assert any("'imag' was unexpected" in message for message in broken(workerGroupSpecs=workers))
+    workers = copy.deepcopy(cluster_of(name)["workerGroupSpecs"])
+    workers[0]["maxReplica"] = workers[0].pop("maxReplicas")
+    assert any("'maxReplica' was unexpected" in message for message in broken(workerGroupSpecs=workers))
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
@@ -121,14 +125,46 @@ def test_every_container_gets_what_it_asks_for_and_runs_as_no_root(name: str) ->
 @pytest.mark.parametrize("name", MANIFESTS)
 def test_nodes_scale_from_none_with_spot_before_on_demand(name: str) -> None:
     found = groups(name)
-    head, spot, on_demand = found.pop("head"), found["train-spot"], found["train-on-demand"]
-    assert head["rayStartParams"]["num-cpus"] == "0"
-    for group, spec in found.items():
-        assert spec["minReplicas"] == spec["replicas"] == 0 < spec["maxReplicas"], group
-    assert spot["priority"] > on_demand["priority"]
-    assert container(spot)["resources"] == container(on_demand)["resources"]
+    assert scaling_problems(found) == []
+    spot, on_demand = found["train-spot"], found["train-on-demand"]
     assert "spot" in spot["template"]["spec"]["nodeSelector"].values()
     assert "on-demand" in on_demand["template"]["spec"]["nodeSelector"].values()
+
+
+def scaling_problems(found: dict[str, dict[str, Any]]) -> list[str]:
+    """What the schemas do not see of how many pods there are of each group and which come first."""
+    workers = {group: spec for group, spec in found.items() if group != "head"}
+    problems = [] if found["head"]["rayStartParams"]["num-cpus"] == "0" else ["CPUs on the head"]
+    for group, spec in workers.items():
+        least, now, most = spec["minReplicas"], spec["replicas"], spec["maxReplicas"]
+        problems += [] if least <= now <= most else [f"{group}: {now} replicas are not from {least} to {most}"]
+        problems += [] if least == 0 < most else [f"{group}: does not grow from none"]
+    spot, on_demand = workers["train-spot"], workers["train-on-demand"]
+    problems += [] if spot["priority"] > on_demand["priority"] else ["on-demand before spot"]
+    alike = container(spot)["resources"] == container(on_demand)["resources"]
+    return problems + ([] if alike else ["spot and on-demand differ"])
+
+
+@pytest.mark.parametrize(
+    ("broken", "found"),
+    [
+        (lambda g: g["data"].update(minReplicas=5), "data: 0 replicas are not from 5 to 4"),
+        (lambda g: g["data"].update(minReplicas=5, replicas=5), "data: 5 replicas are not from 5 to 4"),
+        (lambda g: g["train-spot"].update(replicas=9), "train-spot: 9 replicas are not from 0 to 8"),
+        (lambda g: g["data"].update(maxReplicas=0), "data: does not grow from none"),
+        (lambda g: g["data"].update(minReplicas=1, replicas=1), "data: does not grow from none"),
+        (lambda g: g["head"]["rayStartParams"].update({"num-cpus": "4"}), "CPUs on the head"),
+        (lambda g: g["train-on-demand"].update(priority=10), "on-demand before spot"),
+        (lambda g: container(g["train-spot"]).update(resources={}), "spot and on-demand differ"),
+    ],
+)
+@pytest.mark.parametrize("name", MANIFESTS)
+def test_groups_that_scale_wrongly_are_found(
+    name: str, broken: Callable[[dict[str, dict[str, Any]]], None], found: str
+) -> None:
+    changed = json.loads(json.dumps(groups(name)))  # groups share parts by YAML's anchors
+    broken(changed)
+    assert found in scaling_problems(changed)
 
 
 def test_the_job_runs_on_the_same_cluster_and_fits_into_it() -> None:

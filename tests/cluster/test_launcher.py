@@ -35,6 +35,12 @@ GCP_NODE: dict[str, Any] = {  # of the fields of a Compute Engine instance (REST
     },
 }  # fmt: skip
 
+PROVIDER: dict[str, dict[str, Any]] = {  # of the keys that Ray reads, those that the files use: Ray's schema allows any other
+    "aws": {"type": str, "region": str, "availability_zone": str, "cache_stopped_nodes": bool},
+    "gcp": {"type": str, "region": str, "availability_zone": str, "project_id": str, "cache_stopped_nodes": bool},
+    "local": {"type": str, "head_ip": str, "worker_ips": [str]},
+}  # fmt: skip
+
 
 def from_file(path: Path) -> ModuleType:
     """A module that is no part of a package: the head has only this file."""
@@ -54,7 +60,16 @@ def launcher(name: str) -> dict[str, Any]:
 
 
 def problems(config: dict[str, Any]) -> list[str]:
-    """What is wrong with a cloud's launcher file beyond what Ray's validators find."""
+    """What is wrong with a launcher file beyond what Ray's validators find."""
+    expected = PROVIDER[config["provider"]["type"]]
+    found = list(misfits(config["provider"], expected, "provider"))
+    found += [f"provider.{key} is missing" for key in expected if key not in config["provider"]]
+    region, zones = (config["provider"].get(key, "") for key in ("region", "availability_zone"))
+    found += [f"provider: {zone} is no zone of its region" for zone in zones.split(",") if not zone.startswith(region)]
+    return found + (node_type_problems(config) if "available_node_types" in config else [])
+
+
+def node_type_problems(config: dict[str, Any]) -> list[str]:
     types, head = config["available_node_types"], config["head_node_type"]
     found = [f"{head}: GPU on the head" for _ in [0] if types[head]["resources"].get("GPU")]
     found += [f"{head}: CPU on the head" for _ in [0] if types[head]["resources"].get("CPU") != 0]
@@ -102,7 +117,7 @@ def test_rays_validators_accept_the_file(name: str) -> None:
     assert prepared["setup_commands"]
 
 
-@pytest.mark.parametrize("name", CLOUDS)
+@pytest.mark.parametrize("name", [*CLOUDS, "local"])
 def test_what_rays_validators_miss_is_right_too(name: str) -> None:
     assert problems(launcher(name)) == []
 
@@ -130,12 +145,33 @@ def change(*path: Any) -> Callable[[dict[str, Any]], None]:
         (change("docker", "image", "rayproject/ray:2.59.0-py311-cpu"), "head: image rayproject/ray:2.59.0-py311-cpu"),
         (change("available_node_types", "data", "node_config", "InstanceTyp", "big"), "InstanceTyp"),
         (change("max_workers", 3), "max_workers=3"),
+        (change("provider", "availability_zone", "mars-1a"), "provider: mars-1a is no zone of its region"),
+        (change("provider", "cache_stopped_nodes", "false"), "provider.cache_stopped_nodes='false' is no bool"),
     ],
 )
 def test_each_of_them_is_found(name: str, broken: Callable[[dict[str, Any]], None], found: str) -> None:
     config = copy.deepcopy(launcher(name))
     broken(config)
     assert any(found in problem for problem in problems(config))
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "wrong"),
+    [("aws", "region", "regoin"), ("gcp", "project_id", "project"), ("gcp", "region", "regions"), ("local", "head_ip", "head"),
+     ("local", "worker_ips", "worker_ip")],
+)  # fmt: skip
+def test_a_misspelt_key_of_the_provider_is_found(name: str, key: str, wrong: str) -> None:
+    config = copy.deepcopy(launcher(name))
+    config["provider"][wrong] = config["provider"].pop(key)
+    found = problems(config)
+    assert f"provider.{wrong} is unknown" in found
+    assert f"provider.{key} is missing" in found
+
+
+def test_addresses_of_machines_are_a_list() -> None:
+    config = copy.deepcopy(launcher("local"))
+    config["provider"]["worker_ips"] = "WORKER_1"
+    assert problems(config) == ["provider.worker_ips is no list"]
 
 
 @pytest.mark.parametrize("name", CLOUDS)

@@ -1,5 +1,6 @@
 """The checks of a case without a cluster: what stands in the way of the run is found, and all else is looked at."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,16 +13,21 @@ from mmearth_ray.doctor import checks, machine
 from mmearth_ray.doctor.case import Case
 from mmearth_ray.doctor.checks import CHECKS
 from mmearth_ray.doctor.findings import Check, Finding, examine
-from mmearth_ray.doctor.judge import Nodes, Offer
-from mmearth_ray.doctor.needs import needs_of
+from mmearth_ray.doctor.judge import Nodes, Offer, size
+from mmearth_ray.doctor.needs import count_weights, memory_of
+from mmearth_ray.keys import Config
 
 WITHOUT_RAY = [check for check in CHECKS if check.subject not in ("Ray", "room")]
+OF_DISKS = [check for check in CHECKS if check.look in (checks.check_data, checks.check_machines, checks.check_disks)]
 
 
-def found(*arguments: str) -> list[Finding]:
-    """What the checks say that need no Ray."""
-    config = load(["model.image_size=16", "model.decoder_width=32", "model.targets=[aster]", *arguments])
-    return list(examine(Case(config, needs_of(config)), WITHOUT_RAY))
+def small(*arguments: str) -> Config:
+    return load(["model.image_size=16", "model.decoder_width=32", "model.targets=[aster]", *arguments])
+
+
+def found(*arguments: str, looks: Sequence[Check[Case]] = WITHOUT_RAY) -> list[Finding]:
+    """What the checks say that need no Ray, all of them unless told which."""
+    return list(examine(Case(small(*arguments)), looks))
 
 
 def of(findings: list[Finding], subject: str) -> Finding:
@@ -92,6 +98,78 @@ def test_a_full_disk_is_found_from_what_the_run_takes(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
+def test_checkpoints_that_are_there_already_take_no_further_room(tmp_path: Path) -> None:
+    data = make_data_set(tmp_path / "data").directory
+    given = [f"data.shards={data}", f"run.directory={tmp_path}", "checkpoint.keep=5", "train.steps=1000"]
+    each = 12 * count_weights(small(*given))
+    assert of(found(*given, looks=OF_DISKS), "disk").text.endswith(f", checkpoints take {size(6 * each)}")
+    for step in (100, 200):
+        place = tmp_path / "checkpoints" / f"step-{step:08d}"
+        place.mkdir(parents=True)
+        (place / "model.safetensors").write_bytes(bytes(each))
+    assert of(found(*given, looks=OF_DISKS), "disk").text.endswith(
+        f", checkpoints beside the 2 that are there take {size(4 * each)}"
+    )
+    given[2] = "checkpoint.keep=1"  # the next one is written before those are removed
+    assert of(found(*given, looks=OF_DISKS), "disk").text.endswith(
+        f", checkpoints beside the 2 that are there take {size(each)}"
+    )
+
+
+def test_checkpoints_that_are_all_kept_are_as_many_as_the_steps_come_to(tmp_path: Path) -> None:
+    data = make_data_set(tmp_path / "data", tiles=48, held_out=8).directory
+    given = [f"run.directory={tmp_path}/run", "checkpoint.keep=0", "checkpoint.every=1", "train.epochs=10"]
+    each = 12 * count_weights(small(*given))
+    steps = 7  # 10 epochs of 40 tiles are 400, of 64 each
+    assert of(found(*given, f"data.shards={data}", looks=OF_DISKS), "disk").text.endswith(
+        f", checkpoints take {size((steps + 1) * each)}"
+    )
+    default = found(*given[:3], f"data.shards={data}", looks=OF_DISKS)
+    assert of(default, "disk").text.endswith(f", checkpoints take {size(301 * each)}")
+    unknown = of(found(*given, f"data.shards={tmp_path}/nowhere", looks=OF_DISKS), "disk")
+    assert unknown[::2] == ("warning", "not checked: how many steps train.epochs are is known of data sets that can be opened")
+
+
+def test_a_url_that_cannot_be_used_fails_where_it_is_used_and_the_rest_is_looked_at(tmp_path: Path) -> None:
+    data = make_data_set(tmp_path / "data").directory
+    findings = found(f"data.shards={data}", f"run.directory={tmp_path}", "checkpoint.directory=s4://bucket/kept")
+    failed = {finding.subject: finding.text for finding in findings if finding.level == "failed"}
+    assert set(failed) == {"settings", "checkpoints"}
+    assert all(text.startswith("checkpoint.directory=s4://bucket/kept: ") for text in failed.values())
+    assert of(findings, "machines").level == of(findings, "memory").level == of(findings, "data").level == "ok"
+    assert not [finding for finding in findings if finding.subject == "disk"]
+
+
+def test_of_machines_that_say_nothing_nothing_is_said(tmp_path: Path) -> None:
+    judging = [check for check in CHECKS if check.look in (checks.check_what_was_seen, checks.check_memory,
+                                                           checks.check_object_store, checks.check_disks)]  # fmt: skip
+    case = Case(small(f"run.directory={tmp_path}", f"data.cache={tmp_path}"), gpus=False)
+    assert list(examine(case, judging)) == [
+        ("warning", check.subject, "not checked: no machine told of itself") for check in judging
+    ]
+    assert len(judging) == 4
+
+
+def test_activations_are_among_what_a_worker_takes(tmp_path: Path) -> None:
+    config = small("train.micro_batch=64")
+    taken = memory_of(config, 1, on_gpu=False)
+    assert taken.activations > 0
+    here = replace(machine.look(machine.Wanted({})), memory=int(taken.total - taken.activations / 2))
+    for spare, level in ((0, "failed"), (int(taken.activations), "ok")):
+        case = Case(config, nodes=[(replace(here, memory=here.memory + spare), Offer(1))])
+        (finding,) = checks.check_memory(case)
+        assert finding.level == level
+
+
+def test_the_object_store_is_judged_by_the_data_set(tmp_path: Path) -> None:
+    data = make_data_set(tmp_path / "data").directory
+    case = Case(small(f"data.shards={data}"), gpus=False, nodes=[(machine.look(machine.Wanted({})), Offer(1, store=1e9))])
+    looks = [Check("object store", checks.check_object_store), Check("data", checks.check_data)]
+    before, _, after = examine(case, [*looks, looks[0]])
+    assert before[::2] == ("warning", "not checked: what tiles take is known of data sets that can be opened")
+    assert (after.level, "batches read ahead take up to " in after.text) == ("ok", True)
+
+
 def test_a_cache_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     data = make_data_set(tmp_path / "data").directory
     (tmp_path / "file").write_text("")
@@ -111,8 +189,7 @@ def several(*arguments: str, monkeypatch: pytest.MonkeyPatch, lost: str = "") ->
         return [(own, Offer(1)), (replace(own, name="b", unshared=other), Offer(1))], {}
 
     monkeypatch.setattr(checks, "look_around", look_around)
-    config = load(["model.image_size=16", "model.decoder_width=32", "model.targets=[aster]", *arguments])
-    case = Case(config, needs_of(config), gpus=False)
+    case = Case(small(*arguments), gpus=False)
     looks = [Check("machines", look) for look in (checks.check_machines, checks.check_what_was_seen)]
     return [f"{f.level} {f.text}" for f in examine(case, looks) if f.subject == "shared directory"]
 

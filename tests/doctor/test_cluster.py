@@ -1,6 +1,7 @@
 """Groups of actors in a real Ray: one that does not end is given up and its processes go."""
 
 import os
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ from ray._private.worker import global_worker
 
 from mmearth_ray.cluster import join_or_start
 from mmearth_ray.doctor import cluster
-from mmearth_ray.doctor.cluster import RAY_DIRECTORY, add_up, leave, look_around
+from mmearth_ray.doctor.cluster import RAY_DIRECTORY, add_up, leave, look_around, named, skews
 from mmearth_ray.doctor.group import Member
 from mmearth_ray.doctor.machine import Shared, Wanted, digest_of
 from mmearth_ray.errors import DataError
@@ -75,6 +76,23 @@ def test_a_machine_that_answers_but_does_not_tell_its_time_is_kept(monkeypatch: 
     nodes, silent = look_around(Wanted({}))
     assert silent == {}
     assert [(machine.name, offer.skew) for machine, offer in nodes] == [("127.0.0.1", None)]
+
+
+def test_all_clocks_are_asked_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:
+    together = threading.Barrier(3)
+
+    def alone(witness: str) -> float | None:
+        together.wait(30)  # for the two others
+        return None if witness == "b" else 0.5
+
+    monkeypatch.setattr(cluster, "_skew", alone)
+    assert skews(["a", "b", "c"]) == [0.5, None, 0.5]
+    assert skews([]) == []
+
+
+def test_machines_are_named_by_address_and_by_id_where_several_share_one() -> None:
+    nodes = [{"NodeManagerAddress": where, "NodeID": name * 10} for where, name in (("1.2", "a"), ("1.3", "b"), ("1.3", "c"))]
+    assert list(named(nodes)) == ["1.2", "1.3 bbbbbb", "1.3 cccccc"]
 
 
 def test_a_machine_that_does_not_answer_is_named() -> None:

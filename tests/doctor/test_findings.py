@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator
 
-from mmearth_ray.doctor.findings import Check, Finding, NotChecked, examine, one_line, summary
+from mmearth_ray.doctor.findings import Check, Finding, NotChecked, examine, told, summary
 
 
 def fine(case: list[str]) -> Iterator[Finding]:
@@ -57,10 +57,10 @@ def test_the_summary_counts_each_level() -> None:
     assert summary(findings) == "1 failed, 1 warning, 2 ok"
 
 
-def test_errors_are_one_line_of_what_caused_them() -> None:
+def test_errors_are_told_of_what_caused_them() -> None:
     class Outer(Exception):
         cause = ValueError("bad\n  value")
 
-    assert one_line(Outer("ray::Member.join() Traceback")) == "bad value"
-    assert one_line(KeyError()) == "KeyError"
-    assert len(one_line(ValueError("x" * 999))) == 300
+    assert told(Outer("ray::Member.join() Traceback")) == "bad value"
+    assert told(KeyError()) == "KeyError"
+    assert len(told(ValueError("x" * 999))) == 300

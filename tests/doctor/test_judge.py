@@ -8,10 +8,10 @@ from mmearth_ray.doctor import judge
 from mmearth_ray.doctor.findings import Finding
 from mmearth_ray.doctor.judge import Offer
 from mmearth_ray.doctor.machine import Disk, Gpu, Machine
-from mmearth_ray.doctor.needs import Needs
+from mmearth_ray.plan.memory import Memory
 
 L4 = Gpu("NVIDIA L4", 24 * 10**9, 8.9, "550.90")
-NEEDS = Needs(weights=10**6, gradients=4 * 10**6, state=16 * 10**6, offloaded=0, checkpoints=48 * 10**6, store=10**9)
+NEEDS = Memory(weights=4e6, gradients=4e6, optimizer=8e6, buffers=0, activations=2e9)
 HERE = Machine(
     "a", {"python": "3.11.7", "torch": "2.13.0"}, cores=8, memory=32 * 10**9, open_files=65536, gpus=(),
     disks={"run": Disk("/run", 10**12, 10**11)}, shared_memory=Disk("/dev/shm", 16 * 10**9, 10**9),
@@ -72,28 +72,51 @@ def test_gpus(gpus: tuple[Gpu, ...], offered: int, wanted: bool, precision: str,
     assert (found.level, words in found.text) == (level, True), found
 
 
+def memory(nodes: judge.Nodes, on_gpus: bool, taken: Memory, workers: int, *, offload: bool = False) -> Finding:
+    return one(list(judge.memory(nodes, on_gpus, taken, workers, offload=offload)))
+
+
 def test_memory_of_workers_on_a_machine_and_on_a_gpu() -> None:
     node = (HERE, OFFER)
-    assert one(list(judge.memory([node], False, NEEDS, 2))).level == "ok"
-    large = replace(NEEDS, state=12 * 10**9)  # two of them are 24 GB; 32 less the object store's 9 are 23
-    found = one(list(judge.memory([node], False, large, 2)))
+    assert memory([node], False, NEEDS, 2).level == "ok"
+    large = replace(NEEDS, weights=12e9 - 2.012e9)  # two of them are 24 GB; 32 less the object store's 9 are 23
+    found = memory([node], False, large, 2)
     assert found.level == "failed"
+    assert found.text.startswith("a worker takes 12.0 GB, 2.0 GB of it for activations; ")
     assert "2 workers on 32.0 GB less 9.0 GB object store; use train.engine=zero3" in found.text
-    assert one(list(judge.memory([node], False, large, 1))).level == "ok"
+    assert memory([node], False, large, 1).level == "ok"
+    assert memory([node], False, replace(NEEDS, activations=12e9), 2).level == "failed"  # they count as all else does
     gpus = (replace(HERE, gpus=(L4,)), Offer(8, 1, 9e9))
-    assert one(list(judge.memory([gpus], True, large, 2))).level == "ok"
-    found = one(list(judge.memory([node, gpus], True, replace(NEEDS, state=24 * 10**9), 2)))
+    assert memory([gpus], True, large, 2).level == "ok"
+    found = memory([node, gpus], True, replace(NEEDS, weights=24e9), 2)
     assert found.level == "failed"
-    assert "a GPU has 24.0 GB" in found.text
-    offloading = replace(NEEDS, state=30 * 10**9, offloaded=12 * 10**9)
-    found = one(list(judge.memory([(gpus[0], Offer(8, 1, 9e9))], True, offloading, 1)))
-    assert found.level == "ok"
-    assert "buffers take 18.0 GB, " in found.text
-    assert "train.offload takes 12.0 GB of the host for each: 1 worker on 32.0 GB less 9.0 GB object store" in found.text
-    assert one(list(judge.memory([(gpus[0], Offer(8, 2, 9e9))], True, offloading, 2))).level == "failed"  # 24 of 23 GB
-    assert one(list(judge.memory([node], False, offloading, 1))).level == "failed"  # CPUs share the host's memory
+    assert "a GPU has 24.0 GB, 10% of it for CUDA" in found.text
+    assert memory([gpus], True, Memory(1e9, 1e9, 2e9, 1e9, 16.6e9), 1).level == "ok"  # 21.6 GB are 90 %
+    assert memory([gpus], True, Memory(1e9, 1e9, 2e9, 1e9, 16.7e9), 1).level == "failed"
     unknown = (replace(HERE, gpus=(L4._replace(memory=0),)), Offer(8, 1))
-    assert one(list(judge.memory([unknown], True, large, 1))).level == "ok"
+    assert memory([unknown], True, large, 1).level == "ok"
+
+
+def test_what_is_offloaded_counts_for_the_host() -> None:
+    offloading = Memory(weights=6e9, gradients=6e9, optimizer=12e9, buffers=0, activations=6e9)
+    gpus = (replace(HERE, gpus=(L4,)), Offer(8, 1, 9e9))
+    found = memory([gpus], True, offloading, 1, offload=True)
+    assert found.level == "ok"
+    assert "a worker takes 18.0 GB, " in found.text
+    assert "train.offload takes 12.0 GB of the host for each: 1 worker on 32.0 GB less 9.0 GB object store" in found.text
+    assert memory([gpus], True, offloading, 1).level == "failed"  # 30 of 24 GB
+    assert memory([(gpus[0], Offer(8, 2, 9e9))], True, offloading, 2, offload=True).level == "failed"  # 24 of 23 GB
+    assert memory([(HERE, OFFER)], False, offloading, 1, offload=True).level == "failed"  # CPUs share the host's memory
+
+
+def test_a_machine_that_takes_no_worker_needs_no_memory_for_one() -> None:
+    head = (replace(HERE, name="head", memory=10**9), Offer(cpus=0, gpus=0, store=3e8))
+    found = memory([head, (THERE, OFFER)], False, NEEDS, 2)
+    assert (found.level, "2 workers on 32.0 GB" in found.text) == ("ok", True)
+    gpus = (replace(THERE, gpus=(L4,)), Offer(8, 1, 9e9))
+    assert memory([head, gpus], True, NEEDS, 1).level == "ok"
+    assert memory([head], False, NEEDS, 1).text == "not checked: no machine offers CPUs to workers"
+    assert memory([(HERE, OFFER)], True, NEEDS, 1) == ("warning", "memory", "not checked: no machine offers a GPU to workers")
 
 
 def test_shared_memory_must_hold_the_object_store() -> None:
@@ -109,7 +132,7 @@ def test_shared_memory_must_hold_the_object_store() -> None:
 
 @pytest.mark.parametrize(("store", "level"), [(0.4e9, "warning"), (0.5e9, "ok")])
 def test_the_object_stores_count_together(store: float, level: str) -> None:
-    assert one(list(judge.object_store([(HERE, Offer(store=store)), (THERE, Offer(store=store))], NEEDS))).level == level
+    assert one(list(judge.object_store([(HERE, Offer(store=store)), (THERE, Offer(store=store))], 1e9))).level == level
 
 
 @pytest.mark.parametrize(

@@ -37,6 +37,26 @@ def test_help_names_the_keys(capsys: pytest.CaptureFixture[str]) -> None:
     assert "  train.workers=[1]" in capsys.readouterr().out
 
 
+def test_a_python_without_ray_is_said_to_lack_it(tmp_path: Path) -> None:
+    program = """
+import sys
+from mmearth_ray.doctor import machine
+sys.modules |= {"ray": None, "upath": None}
+machine.PACKAGES = (*machine.PACKAGES, "no-such-package")
+found = machine.versions
+machine.versions = lambda: {**found(), "ray": "none"}
+from mmearth_ray.doctor.__main__ import entry
+sys.exit(entry())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
+    )
+    assert (done.returncode, done.stderr) == (1, "")
+    assert done.stdout.split(maxsplit=2) == [
+        "failed", "versions", "ray and no-such-package: not installed here; install requirements.lock\n",
+    ]  # fmt: skip
+
+
 def doctor(*arguments: str, **variables: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
         [sys.executable, "-m", "mmearth_ray.doctor", *arguments],

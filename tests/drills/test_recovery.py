@@ -2,6 +2,7 @@
 
 import json
 import random
+import resource
 import signal
 import socket
 import subprocess
@@ -9,7 +10,20 @@ import sys
 from pathlib import Path
 
 import pytest
-from command import SMALL, descendants, environment, kill, ledger, losses, metrics, pretrain, pretraining, wait_for, workers_of
+from command import (
+    SMALL,
+    descendants,
+    environment,
+    kill,
+    ledger,
+    losses,
+    metrics,
+    pretrain,
+    pretraining,
+    title_of,
+    wait_for,
+    workers_of,
+)
 from tiny_earth import make_data_set
 
 from mmearth_ray.modalities import tasks
@@ -54,6 +68,45 @@ def test_a_worker_killed_at_a_random_step_is_replaced_and_nothing_is_lost(
         kill(random.choice(victims), signal.SIGKILL)
         assert process.wait(timeout=300) == 0
     assert_as_undisturbed(tmp_path, undisturbed, 1e-6)
+
+
+def data_tasks_of(pid: int, *titles: str) -> list[int]:
+    """The processes that data tasks run in, by what they are doing."""
+    return [child for child in descendants(pid) if title_of(child).startswith(titles)]
+
+
+def test_a_worker_that_is_told_to_end_and_killed_data_tasks_change_nothing(
+    shards: Path, undisturbed: Path, tmp_path: Path
+) -> None:
+    """A machine that shuts down sends SIGTERM to every process; the kernel may kill any for its memory."""
+    with pretraining(*RUN, f"data.shards={shards}", f"run.directory={tmp_path}", "train.workers=2") as process:
+        for pid in wait_for(lambda: data_tasks_of(process.pid, "ray::Read"), "the first data tasks", process):
+            kill(pid, signal.SIGKILL)
+        wait_for(lambda: len(metrics(tmp_path)) >= 3, "step 3", process)
+        tasks = data_tasks_of(process.pid, "ray::Read", "ray::IDLE")
+        for pid in tasks:
+            kill(pid, signal.SIGKILL)
+        wait_for(lambda: len(metrics(tmp_path)) >= 10, "step 10", process)
+        kill(workers_of(process.pid)[0], signal.SIGTERM)
+        output = process.communicate(timeout=300)[0]
+        assert process.returncode == 0, output
+    assert tasks
+    assert_as_undisturbed(tmp_path, undisturbed, 1e-6)
+
+
+@pytest.mark.long
+def test_a_worker_that_gets_no_more_memory_ends_the_run_with_what_to_do(shards: Path, tmp_path: Path) -> None:
+    arguments = (*RUN, f"data.shards={shards}", f"run.directory={tmp_path}", "train.workers=2", "train.max_failures=0")
+    with pretraining(*arguments) as process:
+        wait_for(lambda: len(metrics(tmp_path)) >= 3, "step 3", process)
+        resource.prlimit(workers_of(process.pid)[0], resource.RLIMIT_AS, (0, 0))
+        output = process.communicate(timeout=300)[0]
+    assert process.returncode == 1, output
+    (error,) = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert error.startswith("error: training ended after 0 restarts: ")
+    assert "use a smaller train.micro_batch, train.activation_checkpointing=true or more train.workers" in error
+    assert "Traceback" not in output
+    assert (tmp_path / "error.log").exists()
 
 
 @pytest.mark.long

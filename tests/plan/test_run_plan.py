@@ -2,31 +2,36 @@
 
 import math
 import re
-from dataclasses import replace
+import shlex
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 import torch
 from torch import nn
 
-from mmearth_ray.config import load
+from mmearth_ray.config import load, load_as
 from mmearth_ray.errors import UsageError
+from mmearth_ray.experiment import steps_of
 from mmearth_ray.modalities import tasks
 from mmearth_ray.model.encoder import SIZES
 from mmearth_ray.model.mpmae import build_mpmae
 from mmearth_ray.plan import memory as accounts
-from mmearth_ray.plan.__main__ import Options, config_of, main, plan, report
-from mmearth_ray.plan.fit import largest, of, steps_of
+from mmearth_ray.plan.__main__ import main
+from mmearth_ray.plan.fit import largest, of
 from mmearth_ray.plan.memory import ENGINES, Load, Memory, peak
-from mmearth_ray.plan.passes import Bytes, Moment, Passes, Watch, build, follow, make_batch
+from mmearth_ray.plan.passes import Bytes, Passes, Snapshot, Watch, build, follow, make_batch
+from mmearth_ray.plan.planned import Options, plan
+from mmearth_ray.plan.report import report
 from mmearth_ray.stream.plan import MicroBatches
+from mmearth_ray.train import zero
 from mmearth_ray.train.engines import ENGINES as REAL_ENGINES
 
 SMALL = ["model.image_size=16", "model.patch_size=8"]
 TARGETS = tasks()
 # Two matrices and a vector: the gradient of the last comes first, beside most activations.
-TOY = Passes((10, 400_000, 200_000), (Moment((Bytes(1000, 50), Bytes(0, 60)), 0), Moment((Bytes(500, 20),), 200_000),
-                                       Moment((Bytes(100, 0),), 600_000), Moment((Bytes(0, 0),), 600_010)))  # fmt: skip
+TOY = Passes((10, 400_000, 200_000), (Snapshot((Bytes(1000, 50), Bytes(0, 60)), 0), Snapshot((Bytes(500, 20),), 200_000),
+                                       Snapshot((Bytes(100, 0),), 600_000), Snapshot((Bytes(0, 0),), 600_010)))  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +42,8 @@ def atto() -> list[Passes]:
 @pytest.mark.parametrize("size", SIZES)
 def test_parameters_are_those_of_the_built_model(size: str) -> None:
     with torch.device("meta"):
-        counted = sum(p.numel() for p in build(config_of(Options(), size)).parameters())
+        config = load([f"model.size={size}", "model.image_size=112", "model.patch_size=16"])
+        counted = sum(p.numel() for p in build(config).parameters())
         model = build_mpmae(size=size, in_channels=len(TARGETS[0].bands), image_size=112, patch_size=16, targets=TARGETS)
     assert counted == sum(p.numel() for p in model.parameters()) + len(TARGETS)  # and a weight of every loss
 
@@ -45,10 +51,10 @@ def test_parameters_are_those_of_the_built_model(size: str) -> None:
 def test_every_parameters_gradient_is_met_once(atto: list[Passes]) -> None:
     (passes,) = atto
     assert passes.parameters == tuple(p.numel() for p in build(load(SMALL)).parameters())
-    steps = [after.done - before.done for before, after in pairwise(passes.moments)]
+    steps = [after.done - before.done for before, after in pairwise(passes.snapshots)]
     assert sorted(steps) == sorted(passes.parameters)
-    assert passes.moments[0].done == 0
-    assert passes.moments[-1].done == sum(passes.parameters)
+    assert passes.snapshots[0].done == 0
+    assert passes.snapshots[-1].done == sum(passes.parameters)
 
 
 class _Saved:
@@ -79,13 +85,13 @@ def test_what_is_counted_without_values_is_what_a_real_pass_holds(atto: list[Pas
         assert 0.8 * watch.live.fixed < kept <= watch.live.fixed  # the rest: the batch, the canvases of convolutions
         loss.backward()
     (passes,) = atto
-    for planned, real in zip(passes.moments, watch.moments, strict=True):
+    for planned, real in zip(passes.snapshots, watch.snapshots, strict=True):
         assert planned.done == real.done
         assert planned.activations(tiles) == pytest.approx(real.activations(0), rel=0.01, abs=4096)
 
 
 def test_activations_grow_linearly_with_the_micro_batch(atto: list[Passes]) -> None:
-    most = [max(moment.activations(tiles) for moment in atto[0].moments) for tiles in (64, 128, 256, 512)]
+    most = [max(moment.activations(tiles) for moment in atto[0].snapshots) for tiles in (64, 128, 256, 512)]
     growth = [(b - a) / n for (a, b), n in zip(pairwise(most), (64, 128, 256), strict=True)]
     assert growth == pytest.approx([growth[0]] * 3, rel=1e-3)
     assert growth[0] > 1e5  # bytes a tile: a 16 px tile of 12 bands is 6 KB
@@ -94,7 +100,7 @@ def test_activations_grow_linearly_with_the_micro_batch(atto: list[Passes]) -> N
 def test_recomputing_blocks_and_bfloat16_take_less() -> None:
     def most(*settings: str) -> int:
         (passes,) = follow(load([*SMALL, *settings]))
-        return max(moment.activations(64) for moment in passes.moments)
+        return max(moment.activations(64) for moment in passes.snapshots)
 
     plain = most()
     assert most("train.activation_checkpointing=true") < 0.7 * plain
@@ -105,7 +111,7 @@ def test_image_sizes_that_take_turns_are_followed_each() -> None:
     passes = follow(load(["model.image_size=16", "model.patch_size=8", "model.image_sizes=[16,32]"]))
     assert len(passes) == 2
     assert passes[0].parameters == passes[1].parameters
-    small, large = (max(m.activations(64) for m in p.moments) for p in passes)
+    small, large = (max(m.activations(64) for m in p.snapshots) for p in passes)
     assert large > 1.2 * small
     assert peak("ddp", passes, 64, 2, 1) == max((peak("ddp", [p], 64, 2, 1) for p in passes), key=lambda m: m.total)
 
@@ -134,7 +140,7 @@ def test_shards_of_all_workers_sum_to_the_whole(engine: str, shared: int) -> Non
 
 
 def test_each_stage_of_zero_shares_more(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(accounts, "BUCKET", 1000)
+    monkeypatch.setattr(zero, "BUCKET", 1000)
     monkeypatch.setattr(accounts, "LIVE", 1000)
     totals = [peak(engine, [TOY], 10, 4, 2).total for engine in ENGINES]
     assert totals == sorted(totals, reverse=True)
@@ -165,74 +171,127 @@ def test_the_micro_batch_is_the_largest_that_fits(atto: list[Passes], engine: st
         assert (fit.micro_batch, fit.micro_batches) == (16, 6)
         assert fit.memory.total == needs[16] <= room < needs[24]
     assert largest(engine, atto, share, workers, 1e6) is None
+    moved = largest(engine, atto, share, workers, needs[24] - fit.memory.optimizer, offload=True)
+    assert moved is not None
+    assert moved.micro_batch == 24
     whole = largest(engine, atto, share, workers, 1e15)
     assert whole is not None
     assert (whole.micro_batch, whole.micro_batches) == (96, 1)
 
 
-SHAPE = ["image_size=16", "patch_size=8", "precision=fp32"]
+SHAPE = ["model.image_size=16", "model.patch_size=8", "train.global_batch=4096", "train.workers=8"]
 
 
-def options(**changes: object) -> Options:
-    return replace(Options(image_size=16, patch_size=8, precision="fp32"), **changes)  # type: ignore[arg-type]
+def options(*words: str) -> Options:
+    return load_as(Options, [*SHAPE, *words])
+
+
+def test_a_billion_tiles_on_one_gpu_are_planned_at_once(atto: list[Passes]) -> None:
+    fit = largest("ddp", atto, 10**9, 1, 1e9)
+    assert fit is not None
+    assert fit.micro_batch * fit.micro_batches == 10**9
+    assert of("ddp", atto, 2 * fit.micro_batch, 10**9, 1).memory.total > 1e9
 
 
 def test_the_plan_covers_the_global_batch_and_the_tiles() -> None:
-    planned = plan(options(sizes=["atto"], global_batch=480, gpus=6, memory_gb=0.5), "atto")
+    planned = plan(options("train.global_batch=480", "train.workers=6", "plan.memory_gb=0.5"), "atto")
     fit = planned.chosen
     assert fit is not None
     assert fit.micro_batch * fit.micro_batches * 6 == 480
     assert fit.memory.total <= 0.45e9
     batches = MicroBatches(1, 1, global_batch=480, workers=6, rank=0, micro_batch=fit.micro_batch)
     assert batches.per_step == fit.micro_batches
-    assert steps_of(200, 1_200_000, 4096) == 58_594
-    assert steps_of(0.5, 100, 64) == 1
+    assert steps_of(options("train.epochs=200").train, 1_200_000) == 58_594
+    assert steps_of(options("train.epochs=0.5", "train.global_batch=64").train, 100) == 1
 
 
 def test_the_simplest_engine_that_fits_is_chosen() -> None:
-    engines = ["zero3", "zero1", "ddp"]
-    roomy = plan(options(engines=engines), "atto")
+    names = "plan.engines=[zero3,zero1,ddp]"
+    roomy = plan(options(names), "atto")
     assert list(roomy.fits) == ["ddp", "zero1", "zero3"]
     assert roomy.chosen == roomy.fits["ddp"]
-    needs = {name: of(name, follow(roomy.config), 1, 512, 8).memory.total for name in engines}
+    passes = follow(options())
+    needs = {name: of(name, passes, 1, 512, 8).memory.total for name in ("zero1", "ddp")}
     assert needs["zero1"] < needs["ddp"]
     between = (needs["zero1"] + needs["ddp"]) / 2
-    tight = plan(options(engines=engines, memory_gb=between / 1e9, spare=0.0), "atto").chosen
+    tight = plan(options(names, f"plan.memory_gb={between / 1e9}", "plan.spare=0"), "atto").chosen
     assert tight is not None
     assert tight.engine == "zero1"
 
 
+def test_an_engine_that_a_run_names_is_the_one_that_is_planned() -> None:
+    assert list(plan(options("train.engine=zero2"), "atto").fits) == ["zero2"]
+    assert list(plan(options("train.engine=zero2", "plan.engines=[zero2,zero3]"), "atto").fits) == ["zero2", "zero3"]
+    assert list(plan(options("train.compile=true"), "atto").fits) == ["ddp"]
+
+
+def test_what_is_offloaded_leaves_room_on_the_gpu() -> None:
+    words = ["train.engine=zero3", "train.workers=2", "train.micro_batch=64", "plan.spare=0"]
+    memory = plan(options(*words), "atto").fits["zero3"].memory
+    between = memory.total - memory.optimizer / 2
+    words.append(f"plan.memory_gb={between / 1e9}")
+    assert plan(options(*words), "atto").chosen is None
+    asked = options(*words, "train.offload=true")
+    found = plan(asked, "atto")
+    assert found.fits["zero3"].memory == memory
+    said = report(asked, [found], [])
+    assert "on the host" in said[8]
+    assert said[9].split()[-2:] == [f"{size / 1e9:.2f}" for size in (memory.total - memory.optimizer, memory.optimizer)]
+
+
+@pytest.mark.parametrize(
+    ("words", "sizes"),
+    [
+        (["model.size=pico"], ["pico"]),
+        (["plan.sizes=huge"], ["huge"]),
+        (["plan.sizes=[base,tiny,base]"], ["base", "tiny"]),
+        (["plan.sizes=all"], list(SIZES)),
+    ],
+)
+def test_the_sizes_that_are_planned(words: list[str], sizes: list[str]) -> None:
+    assert options(*words).sizes == sizes
+
+
 def test_the_command_prints_a_plan_that_pretrain_understands(capsys: pytest.CaptureFixture[str]) -> None:
-    length = ["tiles=1000", "epochs=3", "global_batch=64", "gpus=2", "peak_tflops=10"]
-    assert main(["sizes=[atto]", *SHAPE, *length]) == 0
+    length = ["plan.tiles=1000", "train.epochs=3", "train.global_batch=64", "train.workers=2", "log.peak_tflops=10"]
+    assert main([*SHAPE[:2], "plan.sizes=[femto]", *length, "data.where=split == 'train'"]) == 0
     said = capsys.readouterr().out
-    assert "1,000 tiles x 3 epochs / 64 tiles a step = 47 steps" in said
-    assert len(re.findall(r"^atto +(?:ddp|zero[123]) ", said, re.MULTILINE)) == 4
+    assert "47 steps of 64 tiles, 3.01 epochs of 1,000 tiles" in said
+    assert len(re.findall(r"^femto +(?:ddp|zero[123]) ", said, re.MULTILINE)) == 1 + 4
     command = next(line for line in said.splitlines() if line.startswith("python -m mmearth_ray.pretrain "))
-    config = load([word for word in command.split()[3:] if word != "data.shards=..."])
+    config = load(shlex.split(command)[3:])
     assert (config.train.workers, config.train.micro_batch, config.train.engine) == ([2], 32, "ddp")
-    assert (config.model.image_size, config.train.epochs) == (16, 3)
+    assert (config.model.size, config.model.image_size, config.train.epochs) == ("femto", 16, 3)
+    assert config.data.where == "split == 'train'"
+
+
+@pytest.mark.parametrize("path", sorted((Path(__file__).parents[2] / "configs").glob("*.yaml")), ids=lambda path: path.stem)
+def test_every_experiment_is_planned_as_it_is(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([str(path), "plan.engines=ddp"]) == 0
+    said, config = capsys.readouterr().out, load([str(path)])
+    assert f"steps of {config.train.global_batch:,} tiles" in said
+    assert f"python -m mmearth_ray.pretrain {path} model.size={config.model.size} train.engine=ddp" in said
 
 
 def test_a_gpu_whose_peak_is_not_known_gets_no_time() -> None:
-    asked = options(sizes=["atto"], gpu="a new one")
-    assert any("give peak_tflops=" in line for line in report(asked, [plan(asked, "atto")]))
+    asked = options("plan.gpu=a new one")
+    assert any("give log.peak_tflops=" in line for line in report(asked, [plan(asked, "atto")], []))
 
 
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["sizes=[giant]"], "must be one of atto"),
-        (["sizes=[]"], "must each name at least one"),
-        (["image_size=50", "patch_size=16"], "patch_size=16 does not divide image_size=50; use 48 px"),
-        (["global_batch=100", "gpus=8"], "global_batch=100 is not divisible by gpus=8"),
-        (["sizes=[atto]", "micro_batch=3"], "micro_batch=3 does not divide"),
-        (["engines=[zero1]", "image_sizes=[112,56]"], "image_sizes are trained by ddp alone"),
-        (["image_sizes=[100]"], "image_sizes=[100]: must be image_size=112 and others"),
-        (["sizes=[atto]", *SHAPE, "memory_gb=0.01"], "nothing fits: atto with zero3 needs 0.1 GB for micro-batches of 1, and a "
-         "GPU has room for 0.0 GB; give more memory_gb, more gpus, activation_checkpointing=true, precision=bf16"),
-        (["gpus=0"], "gpus=0: must be at least 1"),
-        (["size=atto"], "there is no key 'size'; did you mean sizes?"),
+        (["plan.sizes=[giant]"], "must be one of atto"),
+        (["model.patch_size=16", "model.image_size=50"], "model.patch_size=16 does not divide model.image_size=50; use 48 px"),
+        (["train.global_batch=100", "train.workers=8"], "train.global_batch=100 is not divisible by train.workers=8"),
+        (["train.micro_batch=3"], "train.micro_batch=3 does not divide"),
+        (["plan.engines=[zero1]", "model.image_sizes=[56,112]"], "plan.engines=['zero1']: model.image_sizes is for ddp alone"),
+        (["plan.engines=[zero1]", "train.engine=zero2", "train.offload=true"], "train.offload=true is for zero2 and zero3"),
+        (["model.image_sizes=[100]"], "model.image_sizes=[100]: must be model.image_size=56 and others"),
+        ([*SHAPE, "plan.memory_gb=0.01"], "nothing fits: atto with zero3 needs 0.1 GB for micro-batches of 1, and a GPU has "
+         "room for 0.0 GB; give more plan.memory_gb, more train.workers, train.activation_checkpointing=true, "),
+        (["train.workers=0"], "train.workers=[0]: must be at least 1"),
+        (["size=atto"], "there is no key 'size'; did you mean model.size?"),
     ],
 )  # fmt: skip
 def test_bad_values_are_answered_in_one_line(arguments: list[str], words: str) -> None:

@@ -1,5 +1,7 @@
 """Checkpoints as they are written: whole under their name or not there, on a store while training goes on."""
 
+import errno
+import os
 import threading
 from pathlib import Path
 
@@ -67,12 +69,29 @@ def test_a_failure_while_writing_leaves_nothing_behind_and_keeps_what_was_there(
         with pytest.raises(DataError) as caught:
             save(tmp_path, state(step), tensors(8), tensors(9), keep=1)
         message = str(caught.value)
-        assert message.startswith(f"cannot write the checkpoint {checkpoint_path(tmp_path, step)}: [Errno 28]")
-        assert message.endswith("free space and run the command again")
+        place = checkpoint_path(tmp_path, step).name
+        assert message == (
+            f"no space left on the disk of {tmp_path} while writing {place}; free some and run the command again"
+        )
     monkeypatch.undo()
     assert names(tmp_path) == ["step-00000001"]
     assert list((tmp_path / INCOMING).iterdir()) == []
     assert same(load_tensors(checkpoint_path(tmp_path, 1))[0], tensors(1))
+
+
+@pytest.mark.parametrize("number", [errno.EROFS, errno.EACCES])
+def test_what_no_space_would_help_is_not_told_to_free_some(
+    number: int, tmp_path: Path, store: UPath, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(commit_module, "save_file", refused)
+    why = os.strerror(number)
+    with pytest.raises(DataError, match=rf"^cannot write {checkpoint_path(tmp_path, 2)}: {why}$"):
+        commit(tmp_path, 2)
+    with pytest.raises(DataError, match=rf"^cannot write /\S+/model\.safetensors: {why}, on its way to {store}"):
+        commit(store, 2)
 
 
 def test_a_team_that_was_succeeded_while_it_wrote_touches_nothing_of_its_successor(tmp_path: Path) -> None:

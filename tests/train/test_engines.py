@@ -33,6 +33,7 @@ DECAYED = ("optimizer.weight_decay=0.9",)
 TWICE = ("train.activation_checkpointing=true",)
 LOW = ("train.precision=bf16",)
 OFFLOADED = ("train.offload=true",)
+LOW_TOLERANCE = 2e-2
 CHOICES = {
     CLIPPED: ("ddp", "zero1", "zero3"),
     DECAYED: ("ddp", "zero3"),
@@ -40,6 +41,18 @@ CHOICES = {
     LOW: ("ddp", "zero3"),
     OFFLOADED: ("zero2", "zero3"),
 }
+LOW_CLIPPED = (*CLIPPED, *LOW)
+TOGETHER = {
+    ("zero1", LOW_CLIPPED): LOW_CLIPPED,
+    ("zero3", LOW_CLIPPED): LOW_CLIPPED,
+    ("zero3", (*OFFLOADED, *CLIPPED)): CLIPPED,
+    ("zero2", (*OFFLOADED, *LOW)): LOW,
+    ("zero3", (*OFFLOADED, *LOW)): LOW,
+    ("zero3", (*TWICE, *LOW)): LOW,
+    ("zero3", (*OFFLOADED, *TWICE, *LOW_CLIPPED)): LOW_CLIPPED,
+}
+"""What is asked for at once, and the part of it that has to give the same under ddp."""
+COMBINED = [Case("ddp", 2, settings=LOW_CLIPPED), *(Case(engine, 2, settings=settings) for engine, settings in TOGETHER)]
 CHOSEN = [Case(engine, 2, settings=settings) for settings, engines in CHOICES.items() for engine in engines]
 SPOILT = [Case(engine, 2, steps=3, spoilt=2) for engine in ENGINES]
 SKIPS = ("train.nonfinite=skip",)
@@ -56,11 +69,19 @@ HUGE = [
                                   (2e38, (), ("ddp", "zero1")))
     for engine in engines
 ]  # fmt: skip
-SAVED = {1: [Case("ddp", saves="ddp"), Case("zero3", 2, saves="zero3")], 2: [Case("zero2", 2, saves="zero2")]}
+SAVED = {
+    1: [Case("ddp", saves="ddp"), Case("zero3", 2, saves="zero3")],
+    2: [Case("zero2", 2, saves="zero2"), Case("zero3", 2, settings=LOW, saves="low")],
+}
 RESUMED = {
     2: [Case("zero3", 2, resumes="ddp/step-00000002"), Case("zero1", resumes="zero3/step-00000002")],
     1: [Case("ddp", resumes="zero2/step-00000002"), Case("zero2", resumes="zero2/step-00000002")],
 }
+LOWERED = {
+    2: [Case(engine, 2, settings=LOW, resumes="ddp/step-00000002") for engine in ("ddp", "zero3")],
+    1: [Case(engine, 2, resumes="low/step-00000002") for engine in ("ddp", "zero3")],
+}
+"""Those that go on in another precision."""
 
 
 @pytest.fixture(scope="module")
@@ -75,8 +96,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         patch.setenv("PATH", str(found / "nothing"))
         patch.setenv("TORCH_EXTENSIONS_DIR", str(extensions))
         in_a_group(1, found, run_cases, found, [*PARITY[1], *SAVED[1], *HUGE])
-        in_a_group(2, found, run_cases, found, [*PARITY[2], *RESUMED[2], *SAVED[2], *CHOSEN, *SPOILT, *SKIPPED, *LEFT_OUT])
-        in_a_group(1, found, run_cases, found, RESUMED[1])
+        both = [*PARITY[2], *RESUMED[2], *SAVED[2], *LOWERED[2], *CHOSEN, *COMBINED, *SPOILT, *SKIPPED, *LEFT_OUT]
+        in_a_group(2, found, run_cases, found, both)
+        in_a_group(1, found, run_cases, found, [*RESUMED[1], *LOWERED[1]])
     return found
 
 
@@ -172,6 +194,31 @@ def test_low_precision_is_that_of_autocast_and_weights_stay_float32(folder: Path
     assert losses(found) == pytest.approx(losses(expected), rel=2e-3)
     assert {value.dtype for value in found["weights"].values()} == {torch.float32}
     assert any(not torch.equal(value, value.bfloat16().float()) for value in found["weights"].values())
+
+
+@pytest.mark.parametrize(("engine", "settings"), TOGETHER, ids=str)
+def test_choices_work_together(engine: str, settings: tuple[str, ...], folder: Path) -> None:
+    found = result(folder, 2, Case(engine, 2, settings=settings))
+    expected = result(folder, 2, Case("ddp", 2, settings=TOGETHER[engine, settings]))
+    low = LOW[0] in settings
+    assert furthest(found["first"], expected["first"])[0] <= (LOW_TOLERANCE if low else 1e-4)
+    assert losses(found) == pytest.approx(losses(expected), rel=2e-3 if low else 1e-5)
+    norm = float(torch.nn.utils.get_total_norm([value / 0.1 for value in found["first"].values()]))
+    assert norm == pytest.approx(0.5, rel=1e-3) if CLIPPED[0] in settings else norm > 10
+    assert {value.dtype for value in found["weights"].values()} == {torch.float32}
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_checkpoint_goes_on_in_another_precision(workers: int, folder: Path) -> None:
+    """Weights and moments are float32 in either: what goes on is as near to the other engine as if all were in one."""
+    plain = losses(result(folder, 1, REFERENCE))[2:4]
+    ddp, zero3 = (result(folder, workers, case) for case in LOWERED[workers])
+    assert losses(zero3) == pytest.approx(losses(ddp), rel=2e-3 if workers == 2 else 1e-5)
+    assert losses(ddp) != plain
+    assert losses(ddp) == pytest.approx(plain, rel=1e-2)
+    for found in (ddp, zero3):
+        assert found["counts"] == [4.0] * len(found["counts"])
+        assert {value.dtype for value in found["weights"].values()} == {torch.float32}
 
 
 @pytest.mark.parametrize(("workers", "case"), [(w, c) for w, cases in RESUMED.items() for c in cases], ids=str)

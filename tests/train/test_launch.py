@@ -14,7 +14,7 @@ from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import Experiment
 from mmearth_ray.keys import Config
 from mmearth_ray.stream.pipeline import Share
-from mmearth_ray.train import checkpoint, launch
+from mmearth_ray.train import checkpoint, launch, room
 from mmearth_ray.train.commit import Keeping, begin
 from mmearth_ray.train.launch import CHANGE_SECONDS, LOOK_SECONDS, Change, Failures
 from mmearth_ray.train.ownership import claim, require_claim
@@ -47,6 +47,41 @@ def test_failures_in_a_row_end_the_run_and_a_new_checkpoint_forgives_them(
     assert "out of memory" in (tmp_path / "error.log").read_text()
 
 
+ADVICE = "use a smaller train.micro_batch, train.activation_checkpointing=true or more train.workers"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("1 worker(s) were killed due to the node running low on memory.\nSee the docs", "the memory did not suffice: "),
+        ("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2.00 GiB", "the memory did not suffice: "),
+        ("[enforce fail] DefaultCPUAllocator: can't allocate memory", "the memory did not suffice: "),
+        ("(1) the process was killed by the OOM killer due to high memory usage\n(2) or by something else",
+         "if the kernel ended a worker for its memory, as dmesg would tell: "),
+    ],
+)  # fmt: skip
+def test_the_end_for_want_of_memory_says_what_to_do(text: str, said: str, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        Failures(experiment(tmp_path, max_failures=0)).add(RuntimeError(text))
+    assert f"; {said}{ADVICE}; {tmp_path}/error.log tells more" in str(caught.value)
+
+
+def test_other_ends_say_nothing_of_memory(tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        Failures(experiment(tmp_path, max_failures=0)).add(RuntimeError("the raylet is gone"))
+    assert "train." not in str(caught.value)
+
+
+@pytest.mark.parametrize("lost", ["nothing is there", "no file can be written"])
+def test_a_log_that_cannot_be_written_leaves_the_reason(lost: str, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    if lost == "no file can be written":
+        (run / "error.log").mkdir(parents=True)
+    with pytest.raises(DataError) as caught:
+        Failures(experiment(run, max_failures=0)).add(RuntimeError("a worker died"))
+    assert str(caught.value) == "training ended after 0 restarts: a worker died"
+
+
 def test_the_newest_checkpoint_is_known_by_its_name(tmp_path: Path) -> None:
     commit(tmp_path, 4)
     commit(tmp_path, 12)
@@ -59,7 +94,7 @@ def test_each_group_after_the_first_takes_the_checkpoints_over(tmp_path: Path, m
     first = Started(load([f"run.directory={tmp_path}"]), tmp_path, claim(folder, "one", str(tmp_path)))
     rooms, groups = [], []
 
-    def room(*_: Any, again: bool) -> Room:
+    def found_room(*_: Any, again: bool) -> Room:
         rooms.append(again)
         return ROOM
 
@@ -75,7 +110,7 @@ def test_each_group_after_the_first_takes_the_checkpoints_over(tmp_path: Path, m
 
     for name, double in (
         ("uses_gpus", lambda _: False),
-        ("wait_for_room", room),
+        ("wait_for_room", found_room),
         ("_run_group", group),
         ("ask_for", print),
         ("_hold_statistics_here", lambda: None),
@@ -85,6 +120,36 @@ def test_each_group_after_the_first_takes_the_checkpoints_over(tmp_path: Path, m
     assert len({found.claim for found in groups}) == 4
     assert groups[0] is first
     assert rooms == [False, True, True, True]
+
+
+@pytest.mark.parametrize("error", [DataError("a shard is damaged"), RuntimeError("a worker died")])
+def test_what_is_known_of_every_end_is_in_the_log_and_a_demand_not_taken_back_hides_none(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked = []
+
+    def refused(bundles: list[dict[str, float]]) -> None:
+        asked.append(bundles)
+        raise ConnectionError("the cluster is gone")
+
+    def group(*_: Any) -> bool:
+        raise error
+
+    config = load([f"run.directory={tmp_path}", "train.max_failures=0"])
+    for name, double in (
+        ("uses_gpus", lambda _: False),
+        ("wait_for_room", lambda *_, again: ROOM),
+        ("_run_group", group),
+        ("_hold_statistics_here", lambda: None),
+    ):
+        monkeypatch.setattr(launch, name, double)
+    monkeypatch.setattr(room, "request_resources", refused)
+    with pytest.raises(DataError, match=str(error)):
+        launch.launch(cast(Experiment, Started(config, tmp_path, "")))
+    log = (tmp_path / "error.log").read_text()
+    assert f"{type(error).__name__}: {error}" in log
+    assert "in group" in log
+    assert asked == [[]]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from mmearth_ray.experiment import open_experiment
 from mmearth_ray.shards.manifest import Manifest
 from mmearth_ray.shards.write import write_shard
 from mmearth_ray.stream.plan import MicroBatches
-from mmearth_ray.train import commit
+from mmearth_ray.train import commit, zero
 from mmearth_ray.train.board import progress_text
 from mmearth_ray.train.checkpoint import load_state
 from mmearth_ray.train.loop import Worker, run
@@ -32,6 +32,7 @@ from mmearth_ray.train.window import Sums
 POISONED = ["3", "21"]
 TILES = 32
 SKIP = ("train.nonfinite=skip", "train.ledger=true", "train.steps=8", "optimizer.lr=1e-3", "checkpoint.every=3")
+PARTED = ("zero1", "zero3")
 LAYOUTS = [(), ("train.workers=2", "train.micro_batch=2"), ("train.workers=2", "train.fetch_every=4")]
 
 
@@ -115,6 +116,57 @@ def test_skips_and_losses_do_not_know_the_layout(layout: tuple[str, ...], shards
         assert (ours["skipped_steps"], ours.get("skipped")) == (theirs["skipped_steps"], theirs.get("skipped"))
 
 
+def beginning_with(shards: Path, folder: Path, ids: list[str]) -> str:
+    """A seed whose first step holds one of the tiles."""
+    for seed in range(20):
+        source = open_experiment(settings(shards / "bad", folder, of(shards), f"seed={seed}"), shards / "bad").source
+        if set(next(source.batches([(0, 8)]))["id"].tolist()) & set(ids):
+            return f"seed={seed}"
+    raise AssertionError("no seed begins with them")
+
+
+def in_parts(rank: int, workers: int, shards: Path, folder: Path, stop_at: int, seed: str) -> None:
+    """Every run of one stage ends before a step that is not finite, which the other stage begins with."""
+    zero.KEPT_WHOLE = 0  # even the smallest parameter
+    layout = (f"train.workers={workers}", "train.micro_batch=2")
+    for first, second in (PARTED, PARTED[::-1]):
+        for engine, last in ((first, stop_at), (second, 8)):
+            arguments = (*SKIP, *layout, f"train.engine={engine}", f"train.stop_at={last}")
+            (folder / second).mkdir(exist_ok=True)
+            experiment = open_experiment(settings(shards / "bad", folder / second, of(shards), *arguments), shards / "bad")
+            run(experiment, Worker(rank, workers, torch.device("cpu"), 1), local_stream, Quiet())
+    for engine in PARTED:
+        (folder / f"{engine}-ends").mkdir(exist_ok=True)
+        fails(rank, workers, shards, folder / f"{engine}-ends", (*layout[1:], f"train.engine={engine}", seed))
+
+
+@pytest.fixture(scope="module")
+def parted(shards: Path, skipping: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Runs of two workers with the model in parts: skipping and resumed, and ended by their first step."""
+    folder = tmp_path_factory.mktemp("parted")
+    second = [line["step"] for line in metrics(skipping) if "skipped" in line][1]
+    in_a_group(2, folder, in_parts, shards, folder, second - 1, beginning_with(shards, folder, POISONED))
+    return folder
+
+
+@pytest.mark.parametrize("engine", PARTED)
+def test_a_model_in_parts_skips_in_a_resumed_step_and_learns_the_same(engine: str, skipping: Path, parted: Path) -> None:
+    found = parted / engine
+    assert ledger(found) == ledger(skipping)
+    for ours, theirs in zip(metrics(found), metrics(skipping), strict=True):
+        assert ours["loss"] == (theirs["loss"] and pytest.approx(theirs["loss"], rel=1e-5))
+        assert (ours["skipped_steps"], ours.get("skipped")) == (theirs["skipped_steps"], theirs.get("skipped"))
+
+
+def test_a_model_in_parts_ends_at_its_first_step_with_the_same_words(shards: Path, parted: Path, tmp_path: Path) -> None:
+    fails(0, 1, shards, tmp_path, (beginning_with(shards, tmp_path, POISONED),))
+    expected = (tmp_path / "said-0").read_text()
+    assert expected.startswith("the loss of step 1 is not finite (era5), by tile")
+    for folder in (parted / f"{engine}-ends" for engine in PARTED):
+        assert [(folder / f"said-{rank}").read_text() for rank in range(2)] == [expected] * 2
+        assert metrics(folder) == []
+
+
 @pytest.mark.parametrize("first", ["train.stop_at=2", "train.stop_at=4", "train.nonfinite=stop"])
 def test_a_run_that_is_resumed_skips_and_learns_the_same(first: str, shards: Path, skipping: Path, tmp_path: Path) -> None:
     if "stop_at" in first:
@@ -196,7 +248,7 @@ def test_a_step_in_between_begins_the_count_anew_and_a_gradient_alone_asks_for_n
     target = SimpleNamespace(name="a")
     config = SimpleNamespace(train=SimpleNamespace(nonfinite="skip"))
     experiment: Any = SimpleNamespace(config=config, spec=SimpleNamespace(targets=(target,)))
-    guard = Guard(experiment, cast(Any, None), MicroBatches(1, 100, 8, 1, 0, 8))
+    guard = Guard(experiment, cast(Any, None), MicroBatches(1, 100, 8, 1, 0, 8), Quiet().warn)
     steps = [False] * (IN_A_ROW - 1) + [True] + [False] * IN_A_ROW
     one = Sums(torch.ones(1, dtype=torch.float64), torch.ones(1), 1.0, 8)
     sums = [dataclasses.replace(one, applied=applied) for applied in steps]

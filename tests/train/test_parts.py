@@ -115,7 +115,7 @@ def test_what_one_worker_cannot_write_all_of_them_raise_and_nothing_is_left(
     monkeypatch.setattr(train.commit, "save_file", full)
     raised = Workers(2).save(tmp_path, 2, lambda rank: parted(4))
     assert len({str(error) for error in raised}) == 1
-    assert "cannot write the checkpoint" in str(raised[0])
+    assert str(raised[0]).startswith(f"no space left on the disk of {tmp_path} while writing step-00000002; free some")
     assert names(tmp_path) == ["step-00000001"]
     assert list((tmp_path / INCOMING).iterdir()) == []
 

@@ -74,13 +74,16 @@ def test_flops_are_those_of_the_model_that_is_built(shards: Path, tmp_path: Path
     arguments = ("model.decoder_depth=2", "model.targets=[sentinel2,biome]", "model.bands.sentinel2=[B2,B3,B4]")
     experiment = open_experiment(settings(shards, tmp_path, *arguments), shards)
     model = build_objective(experiment).model
-    assert step_flops(experiment, experiment.spec) == count(shape_of(model, 32, experiment.spec.visible)).step
+    assert (
+        step_flops(experiment.config, experiment.spec.image_size, experiment.spec.patch_size)
+        == count(shape_of(model, 32, experiment.spec.visible)).step
+    )
 
 
 def test_the_share_of_the_peak_weighs_steps_of_several_sizes_each_by_its_own(shards: Path, tmp_path: Path) -> None:
     experiment = open_experiment(settings(shards, tmp_path), shards)
     small, large = experiment.spec, replace(experiment.spec, image_size=64, patch_size=16)
-    work = [step_flops(experiment, spec) for spec in (small, large)]
+    work = [step_flops(experiment.config, spec.image_size, spec.patch_size) for spec in (small, large)]
     assert work[1] > work[0]
     use = Utilisation(experiment, peak=1e12, workers=2)
     assert use.share([(small, 8), (large, 4), (small, 8)], 3.0) == pytest.approx(

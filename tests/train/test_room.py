@@ -3,6 +3,7 @@
 from typing import Any
 
 import pytest
+from ray.exceptions import RpcError
 
 from mmearth_ray.config import load
 from mmearth_ray.errors import UsageError
@@ -75,11 +76,17 @@ def test_what_is_lacking_is_named(arguments: list[str], machines: Cluster, gpus:
 class Clock:
     """A clock that only sleeping moves, and the cluster as it changes with it."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, *states: tuple[float, Cluster]) -> None:
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *states: tuple[float, Cluster | Exception]) -> None:
         self.now, self.states = 0.0, states
         monkeypatch.setattr(room.time, "monotonic", lambda: self.now)
         monkeypatch.setattr(room.time, "sleep", self.sleep)
-        monkeypatch.setattr(room, "cluster_now", lambda: [state for since, state in self.states if since <= self.now][-1])
+        monkeypatch.setattr(room, "cluster_now", self.look)
+
+    def look(self) -> Cluster:
+        found = [state for since, state in self.states if since <= self.now][-1]
+        if isinstance(found, Exception):
+            raise found
+        return found
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -123,6 +130,59 @@ def test_what_a_group_has_just_given_up_is_waited_for_though_nobody_wants_to_wai
     with pytest.raises(UsageError, match="only 1 CPUs of the cluster are free"):
         wait_for_room(config, gpus=False)
     assert clock.now == 0
+
+
+FAULT = RpcError("the control store\ndoes not answer", 14)
+
+
+@pytest.mark.parametrize("fault", [FAULT, ConnectionError("reset"), RuntimeError("no such table")])
+def test_a_cluster_that_does_not_answer_has_no_room_yet(fault: Exception, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(["train.workers=[1,2]", "train.wait=40"])
+    clock = Clock(monkeypatch, (0, fault), (20, cluster((2, 0))), (25, fault), (27, cluster((2, 0))))
+    found = wait_for_room(config, gpus=False)
+    assert found
+    assert found.workers == 1
+    assert clock.now == 27 + room.SETTLE_SECONDS  # what lasted before the fault does not count
+
+
+def test_a_cluster_that_never_answers_ends_the_waiting_with_its_words(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clock = Clock(monkeypatch, (0, FAULT))
+    said = "the Ray cluster does not answer (does not answer); run the same command again once it does"
+    with pytest.raises(UsageError) as caught:
+        wait_for_room(load(["train.workers=2", "train.wait=30"]), gpus=False)
+    assert str(caught.value) == said
+    assert clock.now == 30
+    assert capsys.readouterr().err == f"waiting up to 30 s for room: {said}\n"
+
+
+def test_mistakes_of_our_own_are_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    Clock(monkeypatch, (0, TypeError("a mistake")))
+    with pytest.raises(TypeError):
+        wait_for_room(load(["train.workers=2", "train.wait=30"]), gpus=False)
+
+
+def test_a_demand_that_does_not_arrive_is_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = []
+
+    def request(bundles: list[dict[str, float]]) -> None:
+        asked.append(bundles)
+        raise FAULT
+
+    monkeypatch.setattr(room, "request_resources", request)
+    room.ask_for(2, gpus=True)
+    room.ask_for(0, gpus=True)
+    assert asked == [[{"CPU": 1, "GPU": 1}] * 2 + [{"CPU": 1}], []]
+
+
+def test_ray_still_tells_which_machines_are_draining() -> None:
+    """Without its function a notice would go unseen: `draining` has no other way to know."""
+    from ray._private.state import GlobalState, available_resources_per_node, state
+
+    assert isinstance(state, GlobalState)
+    assert callable(state.get_draining_nodes)
+    assert callable(available_resources_per_node)
 
 
 def test_machines_that_are_gone_or_about_to_be_taken_away_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from command import metrics
+from processes import Quiet
 from tracked import entry, opened, write
 
 from mmearth_ray.experiment import Experiment
@@ -148,6 +149,6 @@ def test_a_run_that_ends_by_an_error_is_marked_so(shards: Path, tmp_path: Path, 
     listener = Listener()
     use(monkeypatch, Listener=lambda: listener)
     experiment = opened(shards, tmp_path / "run")
-    with pytest.raises(ZeroDivisionError), Metrics(experiment, 0):
+    with pytest.raises(ZeroDivisionError), Metrics(experiment, 0, Quiet().warn):
         _ = 1 / 0
     assert listener.closed is True

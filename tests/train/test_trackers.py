@@ -10,18 +10,21 @@ import numpy as np
 import pytest
 from command import metrics
 from matplotlib.image import imsave
-from processes import train
+from processes import Quiet, train
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tracked import entry, opened, write
 from wandb.proto.wandb_internal_pb2 import Record  # pyright: ignore[reportAttributeAccessIssue]
 
+from mmearth_ray.train import trackers
 from mmearth_ray.train.journal import METRICS
 from mmearth_ray.train.trackers import Metrics, numbers, remember_run
 
 
 @pytest.fixture(autouse=True)
 def _own_wandb(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Whatever the one who runs the tests has set for Weights & Biases does not count."""
+    """Whatever the one who runs the tests has set for Weights & Biases does not count, nor how busy the machine is."""
+    monkeypatch.setattr(trackers, "CLOSE_SECONDS", 300.0)
+    monkeypatch.setattr(trackers, "INIT_SECONDS", 250.0)
     for name in ("WANDB_MODE", "WANDB_DIR", "WANDB_RUN_ID", "WANDB_PROJECT", "WANDB_API_KEY", "WANDB_BASE_URL"):
         monkeypatch.delenv(name, raising=False)
     for name in ("CACHE", "CONFIG", "DATA"):
@@ -72,7 +75,7 @@ def test_both_hold_the_numbers_the_configuration_and_the_figure(shards: Path, tm
     figure = tmp_path / "figure.png"
     imsave(figure, np.zeros((5, 9, 3)))
     remember_run(experiment)
-    with Metrics(experiment, 0) as lines:
+    with Metrics(experiment, 0, Quiet().warn) as lines:
         for step in (1, 2, 3):
             lines.write(entry(step))
         lines.figure(figure, 3)

@@ -69,7 +69,7 @@ def test_the_stages_add_up_to_the_time_of_the_steps_and_to_all_the_time_there_wa
             3: ["validation"], 5: ["validation"], 6: ["checkpoint"], 7: ["validation"],
         }.get(line["step"], [])  # fmt: skip
     assert 0 < sum(sum(line["seconds"].values()) for line in lines) < elapsed
-    per_step = step_flops(experiment, experiment.spec) * 8
+    per_step = step_flops(experiment.config, experiment.spec.image_size, experiment.spec.patch_size) * 8
     fetched = [list(group) for _, group in groupby(lines, key=lambda line: line["mfu"])]
     assert [len(group) for group in fetched] == ([1] * 7 if every == 1 else [2, 1, 1, 1, 1, 1])
     for group in fetched:
