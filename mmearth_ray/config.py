@@ -10,7 +10,7 @@ from typing import TypeVar
 
 from mmearth_ray import settings
 from mmearth_ray.errors import UsageError
-from mmearth_ray.keys import Config, Model
+from mmearth_ray.keys import Config, Model, Train
 from mmearth_ray.modalities import TABLE, Kind, Level, Modality, get
 
 C = TypeVar("C", bound=Config)
@@ -25,6 +25,7 @@ FREE_ON_RESUME = ("model.init", "model.backend")
 """Settings below those prefixes that change no number after the first step."""
 
 MAX_AUTO_MICRO_BATCH = 64
+DEFAULT_STEPS = 300
 
 
 def load(arguments: list[str]) -> Config:
@@ -169,6 +170,11 @@ def micro_batch_of(config: Config, workers: int) -> int:
     if config.train.micro_batch is not None:
         return config.train.micro_batch
     return max(d for d in range(1, min(share, MAX_AUTO_MICRO_BATCH) + 1) if share % d == 0)
+
+
+def steps_of(train: Train, samples: int) -> int:
+    """Optimizer steps of a run over that many tiles."""
+    return train.steps or (math.ceil(train.epochs * samples / train.global_batch) if train.epochs else DEFAULT_STEPS)
 
 
 PUBLISHED_BATCH = 4096

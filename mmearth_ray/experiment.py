@@ -6,7 +6,6 @@ Everything that can be wrong with the settings or the data set is found here, be
 import dataclasses
 import hashlib
 import json
-import math
 import platform
 import subprocess
 from dataclasses import dataclass
@@ -27,12 +26,13 @@ from mmearth_ray.config import (
     most_workers,
     normalised_targets,
     numbers_know_micro_batch,
+    steps_of,
     targets_of,
     turns_of,
     visible_patches,
 )
 from mmearth_ray.errors import DataError, UsageError
-from mmearth_ray.keys import Config, Train
+from mmearth_ray.keys import Config
 from mmearth_ray.modalities import Kind, Missing, table_hash
 from mmearth_ray.model.encoder import Backend, Stem, sparse_layout
 from mmearth_ray.model.layers import Scope
@@ -48,8 +48,6 @@ from mmearth_ray.stream.prepare import SampleSpec
 from mmearth_ray.stream.select import NothingSelected
 from mmearth_ray.stream.shard import Reading
 from mmearth_ray.stream.source import Source, open_source
-
-DEFAULT_STEPS = 300
 
 
 @dataclass(frozen=True, eq=False)
@@ -159,11 +157,6 @@ def _digest(*arrays: np.ndarray) -> str:
 def _with_steps(config: Config, samples: int) -> Config:
     train = dataclasses.replace(config.train, steps=steps_of(config.train, samples), epochs=None)
     return dataclasses.replace(config, train=train)
-
-
-def steps_of(train: Train, samples: int) -> int:
-    """Optimizer steps of a run over that many tiles."""
-    return train.steps or (math.ceil(train.epochs * samples / train.global_batch) if train.epochs else DEFAULT_STEPS)
 
 
 def _held_out(

@@ -16,6 +16,7 @@ from types import NoneType, UnionType
 from typing import Any, TypeVar, get_args, get_origin
 
 from mmearth_ray.errors import UsageError
+from mmearth_ray.plain import QUOTED, plain_value
 
 T = TypeVar("T")
 
@@ -87,7 +88,7 @@ def load_plain(kind: type[T], arguments: Sequence[str]) -> T:
         if name not in entries:
             raise UsageError(_explain(kind, argument, name))
         try:
-            settings = _with(settings, name, _plain(value, entries[name].type, one=_takes_one(entries[name])))
+            settings = _with(settings, name, plain_value(value, entries[name].type, one=_takes_one(entries[name])))
         except ValueError as error:
             hint = "without omegaconf only decimal numbers, true, false, null, text and lists of plain words are read"
             raise UsageError(f"{_explain(kind, argument, name)}; {hint}") from error
@@ -99,39 +100,6 @@ def _with(settings: Any, name: str, value: Any) -> Any:
     """The settings with one of them, by its dotted name, set to a value."""
     head, _, rest = name.partition(".")
     return replace(settings, **{head: _with(getattr(settings, head), rest, value) if rest else value})
-
-
-_WORD = "an item of a list of text"
-
-_PLAIN: dict[Any, tuple[str, Callable[[str], Any]]] = {
-    int: (r"-?(?:0|[1-9][0-9]*)", int),
-    float: (r"-?(?:0|[1-9][0-9]*)(?:\.[0-9]+)?(?:[eE]-?[0-9]+)?", float),
-    bool: (r"true|false", lambda text: text == "true"),
-    _WORD: (r"(?i:(?!(?:true|false|yes|no|on|off|null)$)[a-z][\w./+-]*)|[0-9]+/[0-9]+|0|[1-9][0-9]*", str),
-}
-"""What each type looks like, where YAML cannot mean anything else by it."""
-
-
-def _plain(text: str, wanted: Any, *, one: bool = False) -> Any:
-    """The value of a text as the wanted type, `one` item as a list of it.  Raises ValueError where it is not a plain one."""
-    if isinstance(wanted, UnionType):
-        if text in ("", "null"):
-            return None
-        wanted = next(iter(set(get_args(wanted)) - {NoneType}))
-    if get_origin(wanted) is list:
-        (inner,) = get_args(wanted)
-        if one and re.fullmatch(_PLAIN[_WORD if inner is str else inner][0], text) and not (inner is str and text.isdecimal()):
-            text = f"[{text}]"
-        if not (text.startswith("[") and text.endswith("]")):
-            raise ValueError(text)
-        items = text[1:-1].split(",") if text[1:-1].strip() else []
-        return [_plain(item.strip(), _WORD if inner is str else inner) for item in items]
-    if wanted is str and text != "null" and "$" not in text and not _QUOTED.fullmatch(text):
-        return text
-    pattern, convert = _PLAIN.get(wanted, ("(?!)", str))
-    if not re.fullmatch(pattern, text):
-        raise ValueError(text)
-    return convert(text)
 
 
 def check(settings: Any) -> None:
@@ -188,7 +156,8 @@ def help_text(kind: type) -> str:
     """Every key with its default and meaning, one to a line, a blank line between sections."""
     rows = list(walk(kind))
     width = max(len(f"{name}={_show(value)}") for name, _, value in rows)
-    lines, previous = list[str](), ""
+    lines: list[str] = []
+    previous = ""
     for name, entry, value in rows:
         head = name.rpartition(".")[0]
         if lines and head != previous:
@@ -201,7 +170,9 @@ def help_text(kind: type) -> str:
 def _show(value: Any) -> str:
     if isinstance(value, list):
         return "[" + ",".join(map(str, value)) + "]"
-    return "null" if value is None else str(value).lower() if isinstance(value, bool) else str(value)
+    if value is None:
+        return "null"
+    return str(value).lower() if isinstance(value, bool) else str(value)
 
 
 def _allowed(entry: Field) -> str:
@@ -265,16 +236,14 @@ def _argument(kind: type, argument: str) -> Any:
         raise UsageError(f"{argument}: the value cannot be read ({' '.join(str(error).split())})") from error
 
 
-_QUOTED = re.compile(r"""(?:'(?:[^']|'')*'|"(?:[^"\\]|\\.)*")""")
-"""One whole string in YAML's quotes."""
-
-
 def _is_literal(kind: type, name: str, value: str) -> bool:
     """Whether the value is text to take as it stands: YAML would make 120 of the tile id 12_0, and null of nothing."""
     wanted = next((entry.type for known, entry, _ in walk(kind) if known == name), None)
     if wanted is not str and not (isinstance(wanted, UnionType) and set(get_args(wanted)) == {str, type(None)}):
         return False
-    return (wanted is str and not value) if value in ("", "null") else not (value.startswith("$") or _QUOTED.fullmatch(value))
+    if value in ("", "null"):
+        return wanted is str and not value
+    return not (value.startswith("$") or QUOTED.fullmatch(value))
 
 
 _READABLE = {

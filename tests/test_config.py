@@ -10,11 +10,14 @@ from mmearth_ray import settings
 from mmearth_ray.config import (
     FIXED_ON_RESUME,
     FREE_ON_RESUME,
+    divisors,
     input_of,
     learning_rate_of,
     load,
     micro_batch_of,
     normalised_targets,
+    sizes_of,
+    steps_of,
     targets_of,
     turns_of,
     visible_patches,
@@ -112,6 +115,29 @@ def test_a_run_may_have_the_numbers_of_workers_that_share_its_batch_evenly(argum
     assert all(config.train.global_batch % (n * micro_batch_of(config, n)) == 0 for n in counts)
 
 
+@pytest.mark.parametrize(
+    ("workers", "batch", "counts"),
+    [
+        ("[1,1000000000]", 64, [1, 2, 4, 8, 16, 32, 64]),
+        ("[1,1000000000]", 10**9, divisors(10**9)),
+        ("1000000000", 10**9, [10**9]),
+    ],
+)
+def test_numbers_of_workers_are_found_among_the_divisors_of_the_batch(workers: str, batch: int, counts: list[int]) -> None:
+    assert worker_counts(load([f"train.workers={workers}", f"train.global_batch={batch}"])) == counts
+
+
+def test_divisors() -> None:
+    for number in range(1, 200):
+        assert divisors(number) == [n for n in range(1, number + 1) if number % n == 0]
+
+
+def test_steps_are_those_given_or_those_of_the_epochs() -> None:
+    assert steps_of(load(["train.steps=7"]).train, 1000) == 7
+    assert steps_of(load(["train.epochs=2.5"]).train, 1000) == 40  # 2,500 tiles are 39.1 batches of 64
+    assert steps_of(load([]).train, 1000) == 300
+
+
 def test_the_learning_rate_grows_with_the_global_batch_unless_set_itself() -> None:
     assert learning_rate_of(load(["train.global_batch=4096"])) == pytest.approx(2.4e-3)
     assert learning_rate_of(load(["train.global_batch=64", "optimizer.scaling=linear"])) == pytest.approx(1.5e-4 / 4)
@@ -175,6 +201,8 @@ def test_settings_that_do_not_fit_are_refused_with_values_and_remedy(arguments: 
 
 def test_image_sizes_bring_the_patches_that_keep_the_grid() -> None:
     assert turns_of(load([]).model) == []
+    assert sizes_of(load([]).model) == [(56, 8)]
+    assert sizes_of(load(["model.image_sizes=[112,56]"]).model) == [(112, 16), (56, 8)]
     assert turns_of(load(["model.image_sizes=[112,56,224]"]).model) == [(112, 16), (56, 8), (224, 32)]
     wide = load(["model.image_size=112", "model.patch_size=16", "model.image_sizes=[56,112,112]"]).model
     assert turns_of(wide) == [(56, 8), (112, 16), (112, 16)]

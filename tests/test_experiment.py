@@ -10,10 +10,9 @@ import pytest
 import torch
 from tiny_earth import make_data_set
 
-from mmearth_ray.config import load
+from mmearth_ray.config import DEFAULT_STEPS, load
 from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.experiment import (
-    DEFAULT_STEPS,
     build_objective,
     check_resume,
     fixed_settings,

@@ -6,14 +6,14 @@ from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
-from mmearth_ray.config import most_workers, worker_counts
+from mmearth_ray.config import most_workers, steps_of, worker_counts
 from mmearth_ray.doctor import judge, machine, needs, places
 from mmearth_ray.doctor.case import CACHE, CHECKPOINTS, Case
 from mmearth_ray.doctor.cluster import GROUP_SECONDS, LOOK_SECONDS, RAY_DIRECTORY, SPILL_DIRECTORY, add_up, look_around
 from mmearth_ray.doctor.findings import Check, Finding, NotChecked
 from mmearth_ray.doctor.group import BUFFER, bus_rate
 from mmearth_ray.errors import DataError
-from mmearth_ray.experiment import open_experiment, steps_of
+from mmearth_ray.experiment import open_experiment
 from mmearth_ray.plan.memory import FLOAT
 from mmearth_ray.pretrain import check_hang_timeout, check_stays
 from mmearth_ray.progress import counted

@@ -2,9 +2,8 @@
 
 import shlex
 
-from mmearth_ray.config import sizes_of
+from mmearth_ray.config import sizes_of, steps_of
 from mmearth_ray.errors import UsageError
-from mmearth_ray.experiment import steps_of
 from mmearth_ray.plan.fit import Fit
 from mmearth_ray.plan.planned import Options, Planned
 from mmearth_ray.progress import counted

@@ -1,8 +1,8 @@
-"""A checkpoint that one worker reads and hands to the others, tensor by tensor: a store is asked once, not by every worker."""
+"""The newest checkpoint: one worker reads it and hands it on tensor by tensor, so that a store is asked once and all agree."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -10,38 +10,46 @@ from torch import Tensor
 
 from mmearth_ray.errors import DataError
 from mmearth_ray.storage import Location
-from mmearth_ray.train.checkpoint import opened
+from mmearth_ray.train.checkpoint import State, load_state, newest, opened
 from mmearth_ray.train.tensors import Gathered, shape_only
 
 Tensors = Mapping[str, Tensor]
 
 
+class Handed(NamedTuple):
+    """A checkpoint's state, None where there is none yet, and its weights and moments, on the CPU."""
+
+    state: State | None
+    weights: Tensors
+    moments: Tensors
+
+
 @contextmanager
-def handed_out(path: Location, rank: int, workers: int, device: torch.device) -> Iterator[tuple[Tensors, Tensors]]:
-    """The checkpoint's weights and moments, on the CPU, read by the first worker.
+def handed_out(folder: Location, rank: int, workers: int, device: torch.device) -> Iterator[Handed]:
+    """The newest checkpoint in a folder, read by the first worker.
 
     All workers ask for the same tensors in the same order; `device` is where they hand them on.  Raises DataError on all of
-    them if the checkpoint cannot be read.
+    them if it cannot be read.
     """
-    if workers == 1:
-        with opened(path) as found:
-            yield found
-        return
     with ExitStack() as stack:
-        held: tuple[Tensors, Tensors] = ({}, {})
-        told: list[Any] = ["", [{}, {}]]
-        failed = None
+        found, failed = Handed(None, {}, {}), None
+        told: list[Any] = ["", None, {}, {}]
         if rank == 0:
             try:
-                held = found = stack.enter_context(opened(path))
-                told[1] = [tensors.shapes() for tensors in found]
+                if path := newest(folder):
+                    weights, moments = stack.enter_context(opened(path))
+                    found = Handed(load_state(path), weights, moments)
+                    told = ["", found.state, weights.shapes(), moments.shapes()]
             except DataError as error:
                 failed, told[0] = error, str(error)
-        dist.broadcast_object_list(told, src=0, device=device)
-        said, shapes = told
+        if workers > 1:
+            dist.broadcast_object_list(told, src=0, device=device)
+        said, state, *shapes = told
         if said:
             raise DataError(said) from failed
-        yield _received(held[0], shapes[0], device), _received(held[1], shapes[1], device)
+        if workers > 1:
+            found = Handed(state, *(_received(*each, device) for each in zip(found[1:], shapes, strict=True)))
+        yield found
 
 
 def _received(held: Tensors, shapes: dict[str, list[int]], device: torch.device) -> Tensors:

@@ -5,7 +5,7 @@ global batch holds, run forward and backward on each micro-batch, update, write 
 """
 
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
@@ -23,6 +23,7 @@ from mmearth_ray.stream.plan import MicroBatches
 from mmearth_ray.stream.prepare import Batch
 from mmearth_ray.stream.source import Source
 from mmearth_ray.train import checkpoint
+from mmearth_ray.train.checkpoint import State
 from mmearth_ray.train.clock import Clock
 from mmearth_ray.train.engine import Engine, first_said, send, to_device
 from mmearth_ray.train.engines import build_engine
@@ -79,8 +80,6 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
     config = experiment.config
     engine, state = _begin(experiment, worker)
     done = state.step
-    if engine.all_sum(torch.tensor([done])).item() != done * worker.workers:
-        raise RuntimeError(f"workers found different newest checkpoints in {experiment.run} (this one step {done})")
     _take_back(experiment, worker, done)
     ranges = MicroBatches(
         done + 1, experiment.last_step, global_batch=config.train.global_batch,
@@ -92,8 +91,9 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
         saver = files.enter_context(Saver(experiment, guard, team, done))
         metrics = files.enter_context(Metrics(experiment, done, control.warn)) if worker.rank == 0 else None
         ledger = files.enter_context(Journal(ledger_path(experiment.run, worker.rank))) if config.train.ledger else None
+        journals = [journal for journal in (metrics, ledger) if journal]
         stream = open_stream(experiment.source, ranges) if len(ranges) else iter(())
-        stop, clock, use = False, Clock.of(worker.device), _utilisation(experiment, worker)
+        clock, use = Clock.of(worker.device), _utilisation(experiment, worker)
         window, engine.forwarded = Window(clock), partial(clock.enter, "backward")
         for step in range(done + 1, experiment.last_step + 1):
             clock.enter("data_wait")
@@ -117,12 +117,7 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
                     metrics.write(entry)
                 control.tell(entries[-1])
             last = stop or step == experiment.last_step
-            if saver.begun or last or step % config.checkpoint.every == 0:
-                clock.enter("checkpoint")
-                saver.settle()
-                if last or step % config.checkpoint.every == 0:
-                    saver.begin(step, [journal for journal in (metrics, ledger) if journal])
-                clock.enter("rest")
+            _save(saver, step, clock, journals, due=last or step % config.checkpoint.every == 0)
             if config.figure.every and step % config.figure.every == 0 and not last:
                 clock.enter("figure")
                 _draw(experiment, engine, worker, step, metrics)
@@ -231,21 +226,21 @@ def _learning_rate(experiment: Experiment, step: int) -> float:
     )  # fmt: skip
 
 
-def _begin(experiment: Experiment, worker: Worker) -> tuple[Engine, checkpoint.State]:
+def _begin(experiment: Experiment, worker: Worker) -> tuple[Engine, State]:
     """The engine around the newest checkpoint, or around the weights to start from, and what is done."""
     require_claim(experiment)
     config = experiment.config
-    found = checkpoint.newest(checkpoint.directory_of(config))
-    module = build_objective(experiment, initial=not found)
-    if not found:
-        if config.model.init:
+    folder = checkpoint.directory_of(config)
+    with handed_out(folder, worker.rank, worker.workers, worker.device) as (state, weights, moments):
+        module = build_objective(experiment, initial=state is None)
+        if state:
+            fill(module, weights)
+        elif config.model.init:
             load_initial(module, Path(config.model.init))
-        return build_engine(module, config, worker.device, worker.workers), checkpoint.State(0, 0, {}, {}, {})
-    with handed_out(found, worker.rank, worker.workers, worker.device) as (weights, moments):
-        fill(module, weights)
         engine = build_engine(module, config, worker.device, worker.workers)
-        engine.restore(moments)
-    return engine, checkpoint.load_state(found)
+        if state:
+            engine.restore(moments)
+    return engine, state or State(0, 0, {}, {}, {})
 
 
 def _take_back(experiment: Experiment, worker: Worker, done: int) -> None:
@@ -256,6 +251,16 @@ def _take_back(experiment: Experiment, worker: Worker, done: int) -> None:
         clear_half_written(experiment.run)
         checkpoint.clear_incoming(checkpoint.directory_of(experiment.config))
     _barrier()
+
+
+def _save(saver: Saver, step: int, clock: Clock, journals: Sequence[Metrics | Journal], *, due: bool) -> None:
+    """Commit the checkpoint that is on its way, if it has arrived, and begin this step's where it is due."""
+    if due or saver.begun:
+        clock.enter("checkpoint")
+        saver.settle()
+        if due:
+            saver.begin(step, journals)
+        clock.enter("rest")
 
 
 def _draw(experiment: Experiment, engine: Engine, worker: Worker, step: int, metrics: Metrics | None) -> None:

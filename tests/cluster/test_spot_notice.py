@@ -4,43 +4,53 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from pathlib import Path
 
 import pytest
 import yaml
 from command import environment, kill, wait_for
-from metadata_server import metadata
+from metadata_server import MetadataServer, metadata
 from ray.scripts.scripts import drain_node
 
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "cluster" / "spot_notice.py"
 
 
-@pytest.mark.parametrize(("cloud", "seconds"), [("aws", 120), ("gcp", 30)])
-def test_a_notice_drains_the_node_once_ray_accepts_it_and_nothing_before(cloud: str, seconds: int, tmp_path: Path) -> None:
-    """Its `ray` is one that refuses the first time, and writes down how it was called."""
-    calls = tmp_path / "calls"
-    fake = tmp_path / "ray"
-    fake.write_text(f'#!/bin/sh\necho "$@" >> {calls}\ntest $(wc -l < {calls}) -gt 1\n')
-    fake.chmod(0o755)
-    with metadata() as server:
-        server.failures = 1
-        variables = environment() | server.environment | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
-        watcher = subprocess.Popen([sys.executable, SCRIPT, cloud], stderr=subprocess.PIPE, text=True, env=variables)
-        try:
-            wait_for(lambda: server.asked >= 2, "two questions", watcher)
-            assert not calls.exists()
+class Watched:
+    """The watcher of a cloud; its `ray` is one that refuses the first time, and writes down how it was called."""
+
+    def __init__(self, cloud: str, folder: Path, server: MetadataServer) -> None:
+        self.calls = folder / "calls"
+        folder.mkdir()
+        (folder / "ray").write_text(f'#!/bin/sh\necho "$@" >> {self.calls}\ntest $(wc -l < {self.calls}) -gt 1\n')
+        (folder / "ray").chmod(0o755)
+        variables = environment() | server.environment | {"PATH": f"{folder}:/usr/bin:/bin"}
+        self.process = subprocess.Popen([sys.executable, SCRIPT, cloud], stderr=subprocess.PIPE, text=True, env=variables)
+
+
+def test_a_notice_drains_the_node_once_ray_accepts_it_and_nothing_before(tmp_path: Path) -> None:
+    seconds = {"aws": 120, "gcp": 30}
+    with ExitStack() as stack:
+        servers = {cloud: stack.enter_context(metadata()) for cloud in seconds}
+        for server in servers.values():
+            server.failures = 1
+        watched = {cloud: Watched(cloud, tmp_path / cloud, server) for cloud, server in servers.items()}
+        for each in watched.values():
+            stack.callback(each.process.communicate)
+            stack.callback(each.process.kill)
+        for cloud, server in servers.items():
+            wait_for(lambda server=server: server.asked >= 2, "two questions", watched[cloud].process)
+            assert not watched[cloud].calls.exists()
             server.leaving = True
-            assert watcher.wait(timeout=60) == 0
-            said = watcher.stderr.read() if watcher.stderr else ""
-        finally:
-            watcher.kill()
-            watcher.communicate()
-    assert said == "HTTPError: HTTP Error 503: Service Unavailable\n"
-    first, second = calls.read_text().splitlines()
-    assert first == second
-    assert first.startswith("drain-node --reason=DRAIN_NODE_REASON_PREEMPTION --reason-message=")
-    assert first.endswith(f" --deadline-remaining-seconds={seconds}")
+        for cloud, each in watched.items():
+            assert each.process.wait(timeout=60) == 0
+            assert each.process.stderr
+            assert each.process.stderr.read() == "HTTPError: HTTP Error 503: Service Unavailable\n"
+            first, second = each.calls.read_text().splitlines()
+            assert first == second
+            assert first.startswith("drain-node --reason=DRAIN_NODE_REASON_PREEMPTION --reason-message=")
+            assert first.endswith(f" --deadline-remaining-seconds={seconds[cloud]}")
 
 
 def test_ray_has_the_command_with_these_options() -> None:
@@ -71,15 +81,16 @@ def test_worker_nodes_start_it_beside_ray_and_only_once(cloud: str, tmp_path: Pa
     variables = environment() | {"PATH": f"{tmp_path}:/usr/bin:/bin"}
 
     def started(times: int) -> list[str]:
-        """The words of the last watcher, after the command has run once more; it has been started so many times."""
-        subprocess.run(["bash", "-c", f"({here})"], check=True, timeout=30, env=variables)
+        """The words of the last watcher, after the command has run, until it has started so many; no more than these run."""
         deadline = time.monotonic() + 30
-        while not note.exists() or len(note.read_text().splitlines()) < times:
+        while True:
+            subprocess.run(["bash", "-c", f"({here})"], check=True, timeout=30, env=variables)
+            time.sleep(0.3)
+            lines = note.read_text().splitlines() if note.exists() else []
+            if len(lines) >= times:
+                assert len(lines) == times
+                return lines[-1].split()
             assert time.monotonic() < deadline
-            time.sleep(0.05)
-        lines = note.read_text().splitlines()
-        assert len(lines) == times
-        return lines[-1].split()
 
     pid, *words = started(1)
     try:

@@ -3,7 +3,7 @@
 import threading
 from collections.abc import Iterator
 
-from mmearth_ray.doctor.findings import Check, Finding, NotChecked, examine, told, summary
+from mmearth_ray.doctor.findings import Check, Finding, NotChecked, examine, summary, told
 
 
 def fine(case: list[str]) -> Iterator[Finding]:

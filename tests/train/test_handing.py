@@ -6,7 +6,7 @@ import pytest
 import torch
 from groups import in_a_group
 from s3_server import S3
-from tiny_checkpoint import commit, same, tensors
+from tiny_checkpoint import commit, same, state, tensors
 from upath import UPath
 
 from mmearth_ray.errors import DataError
@@ -18,10 +18,18 @@ CPU = torch.device("cpu")
 
 
 def take(rank: int, workers: int, path: Location, folder: Path) -> None:
-    with handed_out(path, rank, workers, CPU) as (weights, moments):
+    with handed_out(path, rank, workers, CPU) as (found, weights, moments):
+        assert found == state(1)
         assert "a.weight" in weights
         assert "other" not in moments
         torch.save((dict(weights), dict(moments)), folder / f"rank-{rank}")
+
+
+def nothing(rank: int, workers: int, folder: Path) -> None:
+    with handed_out(folder, rank, workers, CPU) as (found, weights, moments):
+        assert found is None
+        assert not weights
+        assert not moments
 
 
 def refused(rank: int, workers: int, path: Location, folder: Path) -> None:
@@ -34,19 +42,25 @@ def refused(rank: int, workers: int, path: Location, folder: Path) -> None:
 def test_every_worker_has_the_tensors_and_the_store_is_asked_by_one(workers: int, store: UPath, s3: S3, tmp_path: Path) -> None:
     commit(store, 1)
     s3.reset_counts()
-    in_a_group(workers, tmp_path, take, checkpoint_path(store, 1), tmp_path)
+    in_a_group(workers, tmp_path, take, store, tmp_path)
     for rank in range(workers):
         weights, moments = torch.load(tmp_path / f"rank-{rank}", weights_only=True)
         assert same(weights, tensors(1))
         assert same(moments, tensors(2))
     sizes = [(checkpoint_path(store, 1) / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer")]
+    sizes.append((checkpoint_path(store, 1) / "state.json").stat().st_size)
     assert s3.counts()["bytes"] == sum(sizes)
+
+
+def test_where_there_is_none_every_worker_learns_it(tmp_path: Path) -> None:
+    for workers in (1, 2):
+        in_a_group(workers, tmp_path, nothing, tmp_path / "none")
 
 
 def test_what_cannot_be_read_every_worker_says_alike(tmp_path: Path) -> None:
     commit(tmp_path, 1)
     (checkpoint_path(tmp_path, 1) / "optimizer.safetensors").write_bytes(b"junk")
-    in_a_group(2, tmp_path, refused, checkpoint_path(tmp_path, 1), tmp_path)
+    in_a_group(2, tmp_path, refused, tmp_path, tmp_path)
     first, second = ((tmp_path / f"rank-{rank}").read_text() for rank in (0, 1))
     assert first == second
     assert first.startswith(f"the checkpoint {checkpoint_path(tmp_path, 1)} cannot be read (")
