@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -38,10 +39,7 @@ def pretraining(*arguments: str) -> Iterator[subprocess.Popen[str]]:
     try:
         yield process
     finally:
-        left = descendants(process.pid)
-        for pid in [process.pid, *left]:
-            kill(pid, signal.SIGKILL)
-        process.wait()
+        kill_tree(process)
         if process.stdout:
             process.stdout.close()
 
@@ -49,6 +47,20 @@ def pretraining(*arguments: str) -> Iterator[subprocess.Popen[str]]:
 def kill(pid: int, number: int) -> None:
     with suppress(ProcessLookupError):
         os.kill(pid, number)
+
+
+def kill_tree(process: subprocess.Popen[str]) -> None:
+    """Kill -9 a process and all below it, and wait for its end."""
+    for pid in [*descendants(process.pid), process.pid]:
+        kill(pid, signal.SIGKILL)
+    process.wait()
+
+
+def free_address() -> str:
+    """A loopback address with a port that nothing listens on."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return f"127.0.0.1:{free.getsockname()[1]}"
 
 
 def descendants(pid: int) -> list[int]:

@@ -1,12 +1,10 @@
 """A Ray cluster of several nodes on this machine: real raylets, which a test adds and takes away."""
 
-import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
-from command import descendants, environment, kill, title_of, workers_of
+from command import descendants, environment, free_address, kill_tree, title_of, workers_of
 
 FAST = {"RAY_health_check_initial_delay_ms": "1000", "RAY_health_check_period_ms": "500",
         "RAY_health_check_failure_threshold": "4", "RAY_AUTH_MODE": "token"}  # fmt: skip
@@ -16,9 +14,7 @@ class Nodes:
     """A Ray head without CPUs, and machines that join it: real raylets, each in a process group of its own."""
 
     def __init__(self) -> None:
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.address = free_address()
         self.processes: list[subprocess.Popen[str]] = []
         self.add("--head", f"--port={self.address.rpartition(':')[2]}", "--num-cpus=0", "--include-dashboard=false")
 
@@ -40,9 +36,7 @@ class Nodes:
     def lose(self, number: int) -> None:
         """Take a machine away without a word."""
         process = self.processes[number]
-        for pid in [*descendants(process.pid), process.pid]:
-            kill(pid, signal.SIGKILL)
-        process.wait()
+        kill_tree(process)
         if process.stdout:
             process.stdout.close()
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from command import descendants, environment, kill, wait_for
+from command import descendants, environment, kill, kill_tree, wait_for
 
 from benchmarks.sweep_store import read_all
 
@@ -29,8 +29,7 @@ def sweeping(directory: Path, *arguments: str) -> Iterator[subprocess.Popen[str]
     try:
         yield process
     finally:
-        for pid in [process.pid, *descendants(process.pid)]:
-            kill(pid, signal.SIGKILL)
+        kill_tree(process)
         process.communicate()
 
 

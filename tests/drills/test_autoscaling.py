@@ -7,7 +7,6 @@ nodes, but cannot train there.  So the run that trains has the same types withou
 import json
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -19,7 +18,7 @@ from typing import Any
 
 import pytest
 import yaml
-from command import SMALL, descendants, environment, kill, metrics, pretraining, title_of, wait_for
+from command import SMALL, descendants, environment, free_address, kill, kill_tree, metrics, pretraining, title_of, wait_for
 from ray.autoscaler._private.fake_multi_node.node_provider import FAKE_HEAD_NODE_ID, FAKE_HEAD_NODE_TYPE
 from ray.autoscaler._private.monitor import BASE_READONLY_CONFIG
 from tiny_earth import make_data_set
@@ -38,9 +37,7 @@ class Cluster:
 
     def __init__(self, types: dict[str, dict[str, Any]]) -> None:
         self.home = Path(tempfile.mkdtemp(prefix="scale-", dir="/tmp"))  # Ray's sockets are in it: a path must stay short
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            self.address = f"127.0.0.1:{free.getsockname()[1]}"
+        self.address = free_address()
         (self.home / "cluster.json").write_text(json.dumps(self.config(types)))
         own = {
             "RAY_FAKE_CLUSTER": "1", NODE_ID: FAKE_HEAD_NODE_ID, "RAY_AUTH_MODE": "token",
@@ -87,9 +84,7 @@ class Cluster:
 
     def close(self) -> None:
         """End the processes of this cluster, and no others."""
-        for pid in [*descendants(self.head.pid), self.head.pid]:
-            kill(pid, signal.SIGKILL)
-        self.head.wait()
+        kill_tree(self.head)
         shutil.rmtree(self.home, ignore_errors=True)
 
 

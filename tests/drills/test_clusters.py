@@ -5,7 +5,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from command import SMALL, descendants, kill, metrics, wait_for
+from command import SMALL, kill, kill_tree, metrics, wait_for
 from slurm import SCRIPT, install, notes
 from tiny_earth import make_data_set
 
@@ -39,9 +39,7 @@ def test_a_slurm_job_trains_saves_before_its_limit_and_the_next_one_resumes(tmp_
                 kill(process.pid, signal.SIGUSR1)
             output = process.communicate(timeout=500)[0]
         finally:
-            for pid in [*descendants(process.pid), process.pid]:
-                kill(pid, signal.SIGKILL)
-            process.wait()
+            kill_tree(process)
         assert process.returncode == 0, output
         assert "Ray runs on 2 nodes" in output
         assert ("queued again" in output) == (not stop_at)

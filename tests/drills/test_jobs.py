@@ -4,7 +4,6 @@ import os
 import random
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -14,7 +13,7 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from command import SMALL, descendants, kill, metrics, wait_for
+from command import SMALL, kill_tree, metrics, wait_for
 from tiny_earth import make_data_set
 
 pytest.importorskip("aiohttp_cors", reason="jobs need ray[default]")
@@ -55,9 +54,7 @@ def cluster() -> Iterator[dict[str, str]]:
         wait_for(lambda: answers(ports[1]), "the dashboard", head)
         yield environment | {"RAY_AUTH_MODE": "token", "RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports[1]}"}
     finally:
-        for pid in [*descendants(head.pid), head.pid]:
-            kill(pid, signal.SIGKILL)
-        head.wait()
+        kill_tree(head)
         shutil.rmtree(home, ignore_errors=True)
 
 

@@ -4,7 +4,6 @@ import json
 import random
 import resource
 import signal
-import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +13,9 @@ from command import (
     SMALL,
     descendants,
     environment,
+    free_address,
     kill,
+    kill_tree,
     ledger,
     losses,
     metrics,
@@ -192,10 +193,15 @@ def test_a_shard_that_breaks_while_training_ends_the_run_with_one_line(tmp_path:
 
 
 def test_a_cluster_without_a_cpu_for_data_tasks_is_refused_instead_of_waited_for(shards: Path, tmp_path: Path) -> None:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    start = [str(Path(sys.executable).with_name("ray")), "start", "--head", "--block", "--num-cpus=2", f"--port={port}"]
+    address = free_address()
+    start = [
+        str(Path(sys.executable).with_name("ray")),
+        "start",
+        "--head",
+        "--block",
+        "--num-cpus=2",
+        f"--port={address.rpartition(':')[2]}",
+    ]
     quiet = ["--node-ip-address=127.0.0.1", "--include-dashboard=false", "--disable-usage-stats"]
     cluster = subprocess.Popen([*start, *quiet], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=environment())
     try:
@@ -204,11 +210,11 @@ def test_a_cluster_without_a_cpu_for_data_tasks_is_refused_instead_of_waited_for
             if "--block" in line:  # the last lines of a start that has gone well
                 break
         arguments = (*RUN, f"data.shards={shards}", f"run.directory={tmp_path}", "train.workers=2")
-        done = pretrain(*arguments, f"run.address=127.0.0.1:{port}", "train.wait=5")
+        done = pretrain(*arguments, f"run.address={address}", "train.wait=5")
     finally:
-        for pid in [*descendants(cluster.pid), cluster.pid]:
-            kill(pid, signal.SIGKILL)
-        cluster.communicate()
+        kill_tree(cluster)
+        if cluster.stdout:
+            cluster.stdout.close()
     assert done.returncode == 2, done.stderr
     waiting, error = done.stderr.splitlines()
     assert waiting.startswith("waiting up to 5 s for room: train.workers=2 would leave no CPU for data tasks")
