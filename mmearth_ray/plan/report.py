@@ -28,7 +28,8 @@ def report(options: Options, found: list[Planned], words: list[str]) -> list[str
         "",
     ]
     rows = [_summary(options, planned, steps, peak) for planned in found]
-    lines += [*_aligned(rows), "", "GB on one GPU at its fullest moment, with the largest micro-batch that fits:", ""]
+    micro = "train.micro_batch" if train.micro_batch else "the largest micro-batch that fits"
+    lines += [*_aligned(rows), "", f"GB on one GPU at its fullest moment, with {micro}:", ""]
     lines += _aligned([_split(options, planned.size, fit) for planned in found for fit in planned.fits.values()])
     lines.append("")
     if peak:

@@ -35,8 +35,8 @@ def test_a_group_that_hangs_is_given_up_by_name() -> None:
             return 0.0
 
     before = ray.available_resources()["CPU"]
-    with pytest.raises(DataError, match=r"^worker 1 on 127.0.0.1 did not end the all-reduce within 20 s; check firewalls"):
-        add_up(2, gpus=False, size=1 << 20, seconds=20, kind=Stuck)
+    with pytest.raises(DataError, match=r"^worker 1 on 127.0.0.1 did not end the all-reduce within 30 s; check firewalls"):
+        add_up(2, gpus=False, size=1 << 20, seconds=30, kind=Stuck)
     deadline = time.monotonic() + 60
     while ray.available_resources().get("CPU") != before and time.monotonic() < deadline:
         time.sleep(0.2)

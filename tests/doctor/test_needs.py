@@ -68,7 +68,7 @@ def test_the_object_store_holds_what_the_streams_of_all_workers_ask_for(
     source = open_experiment(config, data).source
     assert (source.tiles_held > 10) == (window > 1)
     tile = pipeline.bytes_per_tile(source.spec)
-    assert tile > 16 * 16 * 12 * 2  # twelve bands of uint16
+    assert tile == 16 * 16 * 12 * 2  # twelve bands of uint16
     needed = object_store(config, source, 2)
     assert needed == 2 * 2 * (3 * 8 + 2 * max(10, source.tiles_held)) * tile / 0.5
 
