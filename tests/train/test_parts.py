@@ -12,9 +12,10 @@ from safetensors.torch import save_file
 from tiny_checkpoint import commit, load_tensors, names, same, save, state, tensors
 from torch import Tensor
 
-from mmearth_ray import storage, train
+from mmearth_ray import storage
 from mmearth_ray.errors import DataError
 from mmearth_ray.storage import Location, read_bytes
+from mmearth_ray.train import commit as committing
 from mmearth_ray.train.checkpoint import INCOMING, checkpoint_path
 from mmearth_ray.train.initial import initial_tensors
 from mmearth_ray.train.parts import Team
@@ -61,14 +62,14 @@ def test_tensors_too_large_for_a_file_are_several_and_every_worker_writes_its_sh
     workers: int, kind: str, tmp_path: Path, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path if kind == "folder" else request.getfixturevalue("store")
-    monkeypatch.setattr(train.commit, "LIMIT", 1000)
+    monkeypatch.setattr(committing, "LIMIT", 1000)
     written, group, held = [], Workers(workers), parted(3)
 
     def recorded(given: dict[str, Tensor], path: Path) -> None:
         written.append((threading.get_ident(), path.name, sum(t.nbytes for t in given.values())))
         save_file(given, path)
 
-    monkeypatch.setattr(train.commit, "save_file", recorded)
+    monkeypatch.setattr(committing, "save_file", recorded)
     turns: dict[int, list[str]] = {rank: [] for rank in range(workers)}
 
     def given(rank: int) -> Gathered:
@@ -95,7 +96,7 @@ def test_tensors_too_large_for_a_file_are_several_and_every_worker_writes_its_sh
 
 
 def test_a_checkpoint_of_several_files_starts_another_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.commit, "LIMIT", 1000)
+    monkeypatch.setattr(committing, "LIMIT", 1000)
     path = save(tmp_path, state(5), parted(3), {}, keep=0)
     assert isinstance(path, Path)
     assert same(initial_tensors(path), parted(3))
@@ -105,14 +106,14 @@ def test_what_one_worker_cannot_write_all_of_them_raise_and_nothing_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     commit(tmp_path, 1)
-    monkeypatch.setattr(train.commit, "LIMIT", 1000)
+    monkeypatch.setattr(committing, "LIMIT", 1000)
 
     def full(given: dict[str, Tensor], path: Path) -> None:
         if path.name.startswith("model-00002"):
             raise OSError(28, "No space left on device")
         save_file(given, path)
 
-    monkeypatch.setattr(train.commit, "save_file", full)
+    monkeypatch.setattr(committing, "save_file", full)
     raised = Workers(2).save(tmp_path, 2, lambda rank: parted(4))
     assert len({str(error) for error in raised}) == 1
     assert str(raised[0]).startswith(f"no space left on the disk of {tmp_path} while writing step-00000002; free some")
@@ -121,7 +122,7 @@ def test_what_one_worker_cannot_write_all_of_them_raise_and_nothing_is_left(
 
 
 def test_an_index_that_cannot_be_read_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train.commit, "LIMIT", 1000)
+    monkeypatch.setattr(committing, "LIMIT", 1000)
     path = save(tmp_path, state(5), parted(3), {}, keep=0)
     for text in ("{", "{}", "[]"):
         (path / "model.safetensors.index.json").write_text(text)
