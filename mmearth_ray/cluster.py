@@ -12,16 +12,18 @@ from typing import Any
 import ray
 from ray._private import ray_constants
 
-from mmearth_ray.errors import UsageError, one_line
+from mmearth_ray.errors import DataError, UsageError, one_line
 
 LOOPBACK = "127.0.0.1"
 CONNECT_SECONDS = 10.0
+STARTS = 3
 
 
 def join_or_start(own_cpus: int, address: str = "") -> None:
     """Join the cluster at `address` or RAY_ADDRESS; without either, start a Ray with that many logical CPUs.
 
-    Does nothing where this process has joined already.  Raises UsageError if the cluster cannot be reached.
+    Does nothing where this process has joined already.  Raises UsageError if the cluster cannot be reached, DataError if a Ray
+    of our own does not start.
     """
     if ray.is_initialized():
         return
@@ -30,7 +32,7 @@ def join_or_start(own_cpus: int, address: str = "") -> None:
     cluster = address or os.environ.get("RAY_ADDRESS", "")
     if not cluster or cluster == "local":
         _stay_on_loopback()
-        ray.init(address="local", num_cpus=own_cpus, include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
+        _start(num_cpus=own_cpus, include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
         return
     try:
         _reach(cluster)
@@ -41,6 +43,19 @@ def join_or_start(own_cpus: int, address: str = "") -> None:
             f"cannot join the Ray cluster at {cluster} ({one_line(error)}); correct run.address or RAY_ADDRESS, or unset them "
             "to start a Ray on this machine"
         ) from error
+
+
+def _start(**options: Any) -> None:
+    """Start a Ray, once more where it does not come up in the time that Ray gives itself."""
+    for left in reversed(range(STARTS)):
+        try:
+            ray.init(address="local", **options)
+            return
+        except Exception as error:  # Ray raises no narrower one
+            ray.shutdown()
+            if not left:
+                raise DataError(f"Ray did not start on this machine in {STARTS} attempts ({one_line(error)}); it may be too "
+                                "busy: run the command again once it is not") from error  # fmt: skip
 
 
 def _stay_on_loopback() -> None:

@@ -132,7 +132,7 @@ def explained(place: object, error: Exception, attempts: int) -> DataError:
         return DataError(f"{place}: access denied ({reason}); check the credentials and what they allow")
     if "Credential" in type(error).__name__:
         return DataError(f"{place}: there are no usable credentials ({reason}); set AWS_ACCESS_KEY_ID and "
-                         "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE")  # fmt: skip
+                         "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or FSSPEC_S3_ANON=true for a public bucket")  # fmt: skip
     if not is_passing(error):
         return DataError(f"{place} cannot be used ({reason}); check the URL and the settings of its store")
     often = f" in {attempts} attempts" if attempts > 1 else ""

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from mmearth_ray import config as configuration
 from mmearth_ray import settings
-from mmearth_ray.config import sizes_of
+from mmearth_ray.config import sizes_of, worker_counts
 from mmearth_ray.errors import DataError, UsageError, run_command
 from mmearth_ray.experiment import Experiment, check_resume, open_experiment, versions
 from mmearth_ray.files import atomic_text, write_failure
@@ -142,7 +142,8 @@ def describe(experiment: Experiment, run: str) -> None:
     atomic_text(experiment.run / RUN, json.dumps(facts, indent=1) + "\n")
     held_out = f"{min(experiment.held_out.samples, experiment.config.validate.tiles):,}" if experiment.held_out else "none"
     model, train = experiment.config.model, experiment.config.train
-    workers = " to ".join([*map(str, train.workers[:-1]), counted(train.workers[-1], "worker")])
+    counts = worker_counts(experiment.config)
+    workers = f"{counts[0]} to {counted(counts[-1], 'worker')}" if len(counts) > 1 else counted(counts[0], "worker")
     crops = " and ".join(f"{size} px in patches of {patch}" for size, patch in dict.fromkeys(sizes_of(model)))
     print(
         f"{experiment.run}: {model.size}, {crops}, "

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from command import descendants, free_address
 
+from mmearth_ray import cluster
 from mmearth_ray.cluster import join_or_start
-from mmearth_ray.errors import UsageError
+from mmearth_ray.errors import DataError, UsageError
 
 
 def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -22,6 +23,7 @@ def test_an_address_where_nothing_listens_is_refused_at_once(monkeypatch: pytest
 
 OWN = """
 import sys
+from mmearth_ray import cluster
 from mmearth_ray.cluster import join_or_start
 join_or_start(2)
 import ray
@@ -51,3 +53,20 @@ def test_a_ray_of_our_own_listens_on_this_machine_only() -> None:
         process.communicate("")
     assert found
     assert found <= {"0100007F", "0000000000000000FFFF00000100007F", "00000000000000000000000001000000"}
+
+
+def test_a_ray_that_does_not_come_up_is_started_again_and_then_given_up_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    started: list[dict[str, object]] = []
+
+    def busy(**options: object) -> None:
+        started.append(options)
+        if len(started) != 2:
+            raise Exception("The current node timed out\nduring startup.")
+
+    monkeypatch.setattr(cluster.ray, "init", busy)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    join_or_start(3)
+    assert [options["num_cpus"] for options in started] == [3, 3]
+    started[:] = [{}, {}]
+    with pytest.raises(DataError, match=r"^Ray did not start on this machine in 3 attempts \(The current node timed out "):
+        join_or_start(3)

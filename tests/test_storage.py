@@ -265,7 +265,7 @@ def test_lasting_errors_come_at_once_and_say_what_to_do(s3: S3, waits: list[floa
     stranger = UPath("s3://bucket/x", skip_instance_cache=True)
     assert message(lambda: read_bytes(stranger)) == (
         "s3://bucket/x: there are no usable credentials (Unable to locate credentials); set AWS_ACCESS_KEY_ID and "
-        "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE"
+        "AWS_SECRET_ACCESS_KEY, or AWS_PROFILE, or FSSPEC_S3_ANON=true for a public bucket"
     )
     monkeypatch.setenv("AWS_PROFILE", "nobody")
     stranger = UPath("s3://bucket/y", skip_instance_cache=True)

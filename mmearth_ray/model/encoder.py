@@ -187,7 +187,6 @@ def check_image_size(sides: tuple[int, ...], patch_size: int) -> None:
     """Raise ValueError unless every side of the image is a whole number of patches."""
     for side in sides:
         if side < patch_size or side % patch_size:
-            nearest = max(side // patch_size, 1) * patch_size
-            raise ValueError(
-                f"image sides must be multiples of the patch size {patch_size}; got {side}: crop or pad to {nearest}"
-            )
+            below = side // patch_size * patch_size
+            remedy = f"crop to {below} or pad to {below + patch_size}" if below else f"pad to {patch_size}"
+            raise ValueError(f"image sides must be multiples of the patch size {patch_size}; got {side}: {remedy}")

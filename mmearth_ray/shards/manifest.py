@@ -145,7 +145,8 @@ def _why_absent(directory: Location, error: Absent) -> str:
     if not isinstance(directory, Path):
         return f"{error}, so {directory} is no data set; name the prefix that `shards convert` wrote to"
     if not directory.is_dir():
-        return f"there is no data set at {directory}; make one with `python -m mmearth_ray.shards convert RELEASE {directory}`"
+        return (f"there is no data set at {directory}; make one with `python -m mmearth_ray.shards convert RELEASE "
+                f"{directory}`, or a synthetic one with `python -m mmearth_ray.shards synthesise {directory}`")  # fmt: skip
     if (directory / ".building").is_dir():
         return f"{directory} is unfinished; run the command that was making it again, it continues where it stopped"
     return f"{directory} has no {MANIFEST}, so it is no data set; name the directory that `shards convert` wrote"

@@ -143,7 +143,41 @@ def unmeasured() -> None:
     """What an engine calls between its passes where nobody measures them."""
 
 
-class DDPEngine:
+def adamw(module: nn.Module, settings: Optimizer) -> torch.optim.AdamW:
+    """The optimizer of every engine; the schedule sets its learning rate."""
+    return torch.optim.AdamW(
+        parameter_groups(module, settings.weight_decay),
+        lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True,
+    )  # fmt: skip
+
+
+class Passes:
+    """What all engines do alike: passes that change nothing, and sums over workers."""
+
+    module: Objective
+
+    def __init__(self, device: torch.device, precision: str) -> None:
+        self.device = device
+        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
+        self.forwarded: Callable[[], None] = unmeasured
+
+    @torch.no_grad()
+    def evaluate(self, batch: dict[str, Tensor], totals: Tensor) -> Tensor:
+        with self.autocast():
+            return self.module(batch, totals, 1.0)[1]
+
+    def errors(self, batch: dict[str, Tensor]) -> Tensor:
+        with self.autocast():
+            return self.module.errors_of_images(batch)
+
+    def reconstruct(self, batch: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+        return self.module.reconstruct(batch)
+
+    def all_sum(self, values: Tensor) -> Tensor:
+        return all_sum(values, self.device)
+
+
+class DDPEngine(Passes):
     """Every worker holds the whole model; gradients are all-reduced while the backward pass runs.
 
     `clip`: the largest norm of all gradients together; 0: any.  `skips`: a step that is not finite stops no later one.
@@ -163,20 +197,15 @@ class DDPEngine:
         clip: float = 0.0,
         skips: bool = False,
     ) -> None:
+        super().__init__(device, precision)
         self.module = module.to(device)
         self.clip, self.skips = clip, skips
-        self.device = device
         self.precision = precision
         self.to_compile = compiled
         self.compiled_for: set[int] = set()
-        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
         self.healthy = torch.ones((), dtype=torch.bool, device=device)
-        self.forwarded: Callable[[], None] = unmeasured
         self.workers = dist.get_world_size() if dist.is_initialized() else 1
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(self.module, settings.weight_decay),
-            lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True,
-        )  # fmt: skip
+        self.optimizer = adamw(self.module, settings)
         self.forward: nn.Module = self.module
         if self.workers > 1:
             devices = [device.index] if device.type == "cuda" else None
@@ -202,21 +231,13 @@ class DDPEngine:
         with self.autocast():
             return self.module.forward(batch, totals, 1.0)[1]  # not compiled: batches of any size come by
 
-    def errors(self, batch: dict[str, Tensor]) -> Tensor:
-        with self.autocast():
-            return self.module.errors_of_images(batch)
-
-    def reconstruct(self, batch: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        return self.module.reconstruct(batch)
-
     def log_variances(self) -> Tensor | None:
         held = self.module.log_variances
         return None if held is None else held.detach().clone()
 
     def step(self, learning_rate: float) -> Tensor:
         gradients = [p.grad for p in self.module.parameters() if p.grad is not None]
-        norms = torch._foreach_norm(gradients, 2, dtype=torch.float64)  # pyright: ignore[reportPrivateImportUsage]
-        norm = norm_of(norms)
+        norm = norm_of(norms_of(gradients))
         self.healthy = norm.isfinite() if self.skips else self.healthy & norm.isfinite()
         if self.clip:
             torch.nn.utils.clip_grads_with_norm_(self.module.parameters(), self.clip, norm)
@@ -227,9 +248,6 @@ class DDPEngine:
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         return self.healthy
-
-    def all_sum(self, values: Tensor) -> Tensor:
-        return all_sum(values, self.device)
 
     def weights(self) -> dict[str, Tensor]:
         return {name: p.detach() for name, p in self.module.named_parameters()}
@@ -252,6 +270,11 @@ class DDPEngine:
 def spread(factor: int, loss: Tensor) -> Tensor:
     """The factor, or NaN where the loss is not finite: times it, the loss has no finite gradient then."""
     return factor + 0 * loss.detach()
+
+
+def norms_of(gradients: list[Tensor]) -> Sequence[Tensor]:
+    """The norm of each, float64 (), without a copy in double precision."""
+    return torch._foreach_norm(gradients, 2, dtype=torch.float64)  # pyright: ignore[reportPrivateImportUsage]
 
 
 def norm_of(norms: Sequence[Tensor]) -> Tensor:

@@ -7,8 +7,7 @@ Nothing is compiled, so a machine needs no compiler and a lock that a killed com
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
-from functools import partial
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,7 +17,7 @@ from torch import Tensor, nn
 from mmearth_ray.errors import DataError
 from mmearth_ray.keys import Optimizer
 from mmearth_ray.objective import Objective
-from mmearth_ray.train.engine import MOMENTS, all_sum, norm_of, parameter_groups, spread, unmeasured
+from mmearth_ray.train.engine import MOMENTS, Passes, adamw, norm_of, norms_of, spread
 from mmearth_ray.train.tensors import Gathered, shape_only
 
 BUCKET = 50_000_000
@@ -32,7 +31,7 @@ LIVE = 100_000_000
 gathered anew.  With DeepSpeed's own 1e9 every worker would hold the whole model from the forward to the backward pass."""
 
 
-class ZeroEngine:
+class ZeroEngine(Passes):
     """The engine of `train.engine=zero1`, `zero2` and `zero3`.
 
     micro_batches: in a step.  clip: the largest norm of all gradients together; 0: any.  offload: moments and float32 weights
@@ -52,19 +51,15 @@ class ZeroEngine:
         offload: bool = False,
         skips: bool = False,
     ) -> None:
+        super().__init__(device, precision)
         self.deepspeed = load_deepspeed(device)
         join_group(device)
-        self.device, self.stage, self.offload, self.skips = device, stage, offload, skips
+        self.stage, self.offload, self.skips = stage, offload, skips
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
-        self.autocast = partial(torch.autocast, device.type, torch.bfloat16, enabled=precision == "bf16")
         self.healthy = True
-        self.forwarded: Callable[[], None] = unmeasured
         self.parameters = dict(module.named_parameters())
         self.shapes = {name: p.shape for name, p in self.parameters.items()}  # stage 3 leaves none of them
-        self.optimizer = torch.optim.AdamW(
-            parameter_groups(module, settings.weight_decay),
-            lr=0.0, betas=(settings.beta1, settings.beta2), eps=settings.eps, fused=True,
-        )  # fmt: skip
+        self.optimizer = adamw(module, settings)
         plan = _plan(module, stage, micro_batches, clip, precision, offload and device.type)
         if stage == 3:  # each parameter by itself to the device and into its parts, so that the device never holds them all
             self.deepspeed.zero.Init(module=module, config_dict_or_path=plan)
@@ -83,11 +78,12 @@ class ZeroEngine:
         """The norm of all gradients, float32 (), as under every engine."""
         zero: Any = self.engine.optimizer
         if self.offload:
-            mine = [norm.double().to(self.device) for norm in zero.norm_for_param_grads.values()]
+            norms: Sequence[Tensor] = list(zero.norm_for_param_grads.values())
         else:
-            mine = [g.double().norm() for group in zero.averaged_gradients.values() for g in group]
-        squares = all_sum(sum((norm.square() for norm in mine), torch.zeros((), dtype=torch.float64)), self.device)
-        return norm_of([squares.sqrt()])
+            held = [g for group in zero.averaged_gradients.values() for g in group]
+            norms = norms_of(held) if held else ()
+        squares = sum((norm.double().square() for norm in norms), torch.zeros((), dtype=torch.float64))
+        return norm_of([self.all_sum(squares).sqrt()])
 
     def _partitions(self) -> list[tuple[Tensor, list[nn.Parameter]]]:
         """Every flat float32 tensor that this worker's AdamW updates, and the parameters that a part of it belongs to."""
@@ -121,18 +117,6 @@ class ZeroEngine:
         self.healthy = not self.engine.optimizer.overflow and (self.skips or self.healthy)
         return torch.full((), self.healthy, device=self.device)
 
-    @torch.no_grad()
-    def evaluate(self, batch: dict[str, Tensor], totals: Tensor) -> Tensor:
-        with self.autocast():
-            return self.module(batch, totals, 1.0)[1]
-
-    def errors(self, batch: dict[str, Tensor]) -> Tensor:
-        with self.autocast():
-            return self.module.errors_of_images(batch)
-
-    def reconstruct(self, batch: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
-        return self.module.reconstruct(batch)
-
     def log_variances(self) -> Tensor | None:
         held: Any = self.module.log_variances
         if held is None:
@@ -140,9 +124,6 @@ class ZeroEngine:
         if self.stage == 3 and held.ds_status.name != "AVAILABLE":
             return self._weight("log_variances").clone()
         return held.detach().clone()
-
-    def all_sum(self, values: Tensor) -> Tensor:
-        return all_sum(values, self.device)
 
     def weights(self) -> Mapping[str, Tensor]:
         if self.stage < 3:  # every worker has them all after a step, rounded nowhere

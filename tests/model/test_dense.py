@@ -249,7 +249,7 @@ def test_wrong_arguments_are_explained() -> None:
         create_encoder("atto", num_classes=3, features_only=True)  # pyright: ignore[reportArgumentType, reportCallIssue]
     with pytest.raises(ValueError, match="3 channels cannot be the bands B2, B3"):
         DenseEncoder(3, DEPTHS, DIMS, inputs=Inputs(("B2", "B3")))
-    with pytest.raises(ValueError, match="multiples of the patch size 8; got 60: crop or pad to 56"):
+    with pytest.raises(ValueError, match="multiples of the patch size 8; got 60: crop to 56 or pad to 64"):
         create_encoder("atto", in_channels=3)(torch.zeros(1, 3, 64, 60))
 
 

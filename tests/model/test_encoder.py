@@ -112,7 +112,7 @@ def test_errors_name_value_bound_and_remedy() -> None:
         build_encoder("micro", 12, 16)
     with pytest.raises(ValueError, match="8, 16, 32 pixels wide; got 12"):
         build_encoder("atto", 12, 12)
-    with pytest.raises(ValueError, match="multiples of the patch size 16; got 120: crop or pad to 112"):
+    with pytest.raises(ValueError, match="multiples of the patch size 16; got 120: crop to 112 or pad to 128"):
         Encoder(3, DEPTHS, DIMS, 16)(torch.zeros(1, 3, 112, 120))
     with pytest.raises(ValueError, match="stem must be one of modified, original; got 'none'"):
         Encoder(3, DEPTHS, DIMS, 16, "none")  # pyright: ignore[reportArgumentType]

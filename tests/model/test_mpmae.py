@@ -43,7 +43,7 @@ def test_errors_name_value_bound_and_remedy() -> None:
         build_mpmae(size="vit", image_size=56, patch_size=8, **COMMON)
     with pytest.raises(ValueError, match="8, 16, 32 pixels wide; got 7"):
         build_mpmae(size="atto", image_size=56, patch_size=7, **COMMON)
-    with pytest.raises(ValueError, match="multiples of the patch size 16; got 56: crop or pad to 48"):
+    with pytest.raises(ValueError, match="multiples of the patch size 16; got 56: crop to 48 or pad to 64"):
         build_mpmae(size="atto", image_size=56, patch_size=16, **COMMON)
     with pytest.raises(ValueError, match="no initialisation 'best'; use one of uniform, published"):
         initialise(_small(), "best", torch.Generator())
