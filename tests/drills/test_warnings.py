@@ -11,6 +11,7 @@ from mmearth_ray.shards.write import write_shard
 
 
 @pytest.mark.drill
+@pytest.mark.long
 def test_a_tracker_that_fails_and_a_step_that_is_skipped_are_told_on_the_console(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -8,7 +8,7 @@ import pytest
 from command import SMALL, kill, ledger, losses, metrics, pretrain, pretraining, wait_for, workers_of
 from tiny_earth import make_data_set
 
-pytestmark = pytest.mark.drill
+pytestmark = [pytest.mark.drill, pytest.mark.long]
 STEPS, HALF = 12, 8
 RUN = (*(setting for setting in SMALL if not setting.startswith("figure")), f"train.steps={STEPS}", "train.ledger=true",
        "checkpoint.every=3", "validate.every=4", "train.clip=0.5", "train.micro_batch=4")  # fmt: skip
