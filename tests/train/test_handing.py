@@ -1,5 +1,6 @@
 """A checkpoint that the first worker reads for all of them."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -26,10 +27,9 @@ def take(rank: int, workers: int, path: Location, folder: Path) -> None:
 
 
 def nothing(rank: int, workers: int, folder: Path) -> None:
-    with handed_out(folder, rank, workers, CPU) as (found, weights, moments):
-        assert found is None
-        assert not weights
-        assert not moments
+    with handed_out(folder / "none", rank, workers, CPU) as (found, weights, moments):
+        learned = {"state": found, "weights": dict(weights), "moments": dict(moments)}
+    (folder / f"rank-{rank}-of-{workers}").write_text(json.dumps(learned))
 
 
 def refused(rank: int, workers: int, path: Location, folder: Path) -> None:
@@ -52,9 +52,11 @@ def test_every_worker_has_the_tensors_and_the_store_is_asked_by_one(workers: int
     assert s3.counts()["bytes"] == sum(sizes)
 
 
-def test_where_there_is_none_every_worker_learns_it(tmp_path: Path) -> None:
-    for workers in (1, 2):
-        in_a_group(workers, tmp_path, nothing, tmp_path / "none")
+@pytest.mark.parametrize("workers", [1, 2])
+def test_where_there_is_none_every_worker_learns_it(workers: int, tmp_path: Path) -> None:
+    in_a_group(workers, tmp_path, nothing, tmp_path)
+    learned = [json.loads((tmp_path / f"rank-{rank}-of-{workers}").read_text()) for rank in range(workers)]
+    assert learned == [{"state": None, "weights": {}, "moments": {}}] * workers
 
 
 def test_what_cannot_be_read_every_worker_says_alike(tmp_path: Path) -> None:
