@@ -1,5 +1,6 @@
 """One thread for PyTorch in the tests' own process: models are tiny, and threads that wait for each other cost more."""
 
+import sys
 from collections.abc import Iterator
 
 import fsspec
@@ -9,6 +10,14 @@ from nodes import Nodes
 from s3_server import S3, serving
 
 torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_ray_left() -> Iterator[None]:
+    """A Ray that a file's tests started in this process ends with them: the next file's tests find none."""
+    yield
+    if ray := sys.modules.get("ray"):
+        ray.shutdown()
 
 
 @pytest.fixture(scope="session")

@@ -21,7 +21,6 @@ from mmearth_ray.errors import DataError
 
 @pytest.fixture(scope="module", autouse=True)
 def own_ray() -> Iterator[None]:
-    ray.shutdown()  # of what another file's tests have started
     join_or_start(4, "local")
     yield
     leave()
