@@ -25,7 +25,11 @@ def main(arguments: list[str]) -> int:
         print(USAGE + settings.help_text(Options))
         return 0
     options = load_as(Options, arguments)
-    print("\n".join(report(options, [plan(options, size) for size in options.sizes], arguments)))
+    found = []
+    for size in options.sizes:
+        print(f"counting what {size} holds ...", file=sys.stderr, flush=True)  # seconds each
+        found.append(plan(options, size))
+    print("\n".join(report(options, found, arguments)))
     return 0
 
 

@@ -27,6 +27,7 @@ from mmearth_ray.cluster import join_or_start
 from mmearth_ray.config import most_workers
 from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import Experiment
+from mmearth_ray.files import write_failure
 from mmearth_ray.keys import Config
 from mmearth_ray.progress import counted
 from mmearth_ray.stream.pipeline import stream, user_error
@@ -237,7 +238,7 @@ def _worker(settings: dict[str, Any]) -> None:
         raise
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) in NO_WRITING or "No space left" in str(error):
-            ray.get(board.fail.remote(f"cannot write to {experiment.run}: {error}; free space and run the command again"))
+            ray.get(board.fail.remote(write_failure(experiment.run, error)))
         raise
     finally:
         if line:
