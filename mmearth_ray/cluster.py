@@ -6,9 +6,11 @@ Our own Ray listens on the loopback address only, has no dashboard and sends no 
 import logging
 import os
 import socket
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Any
 
+import psutil
 import ray
 from ray._private import ray_constants
 
@@ -17,6 +19,7 @@ from mmearth_ray.errors import DataError, UsageError, one_line
 LOOPBACK = "127.0.0.1"
 CONNECT_SECONDS = 10.0
 STARTS = 3
+END_SECONDS = 10.0
 
 
 def join_or_start(own_cpus: int, address: str = "") -> None:
@@ -46,16 +49,32 @@ def join_or_start(own_cpus: int, address: str = "") -> None:
 
 
 def _start(**options: Any) -> None:
-    """Start a Ray, once more where it does not come up in the time that Ray gives itself."""
+    """Start a Ray, and once more where it does not come up in the time that Ray gives itself."""
     for left in reversed(range(STARTS)):
+        before = set(psutil.Process().children())
         try:
             ray.init(address="local", **options)
             return
+        except (TypeError, ValueError) as error:  # of its settings in the environment
+            raise DataError(f"Ray does not start on this machine ({one_line(error)})") from error
         except Exception as error:  # Ray raises no narrower one
             ray.shutdown()
+            _end(set(psutil.Process().children()) - before)
             if not left:
                 raise DataError(f"Ray did not start on this machine in {STARTS} attempts ({one_line(error)}); it may be too "
                                 "busy: run the command again once it is not") from error  # fmt: skip
+
+
+def _end(started: Iterable[psutil.Process]) -> None:
+    """End processes and those that they have started: Ray forgets what it started for a node that does not come up."""
+    found = list(started)
+    for process in found.copy():
+        with suppress(psutil.NoSuchProcess):
+            found += process.children(recursive=True)
+    for process in found:
+        with suppress(psutil.NoSuchProcess):
+            process.kill()
+    psutil.wait_procs(found, timeout=END_SECONDS)
 
 
 def _stay_on_loopback() -> None:

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -13,12 +14,23 @@ import torch.distributed as dist
 SECONDS = 560.0
 
 
-def in_a_group(workers: int, folder: Path, job: Callable[..., None], *arguments: Any, seconds: float = SECONDS) -> None:
-    """Run `job(rank, workers, *arguments)` in so many processes.  Fails if one of them does."""
+def in_a_group(
+    workers: int,
+    folder: Path,
+    job: Callable[..., None],
+    *arguments: Any,
+    seconds: float = SECONDS,
+    patience: float | None = None,
+) -> None:
+    """Run `job(rank, workers, *arguments)` in so many processes.  Fails if one of them does.
+
+    `patience`: the seconds that a collective operation is given, if not gloo's own.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     store = folder / f"rendezvous-{uuid4().hex}"  # one that has been used never lets the next group meet
     context = multiprocessing.get_context("spawn")
-    processes = [context.Process(target=_member, args=(rank, workers, str(store), job, *arguments)) for rank in range(workers)]
+    given = (workers, str(store), patience, job, *arguments)
+    processes = [context.Process(target=_member, args=(rank, *given)) for rank in range(workers)]
     for process in processes:
         process.start()
     try:
@@ -30,10 +42,11 @@ def in_a_group(workers: int, folder: Path, job: Callable[..., None], *arguments:
             process.kill()
 
 
-def _member(rank: int, workers: int, store: str, job: Callable[..., None], *arguments: Any) -> None:
+def _member(rank: int, workers: int, store: str, patience: float | None, job: Callable[..., None], *arguments: Any) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers)
+    limit = timedelta(seconds=patience) if patience else None
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=limit)
     job(rank, workers, *arguments)
     dist.barrier()
     dist.destroy_process_group()

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Iterator
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,9 @@ class Quiet:
 
     def __init__(self, last: int | None = None) -> None:
         self.last, self.seen = last, 0
+
+    def waiting(self) -> AbstractContextManager[None]:
+        return nullcontext()
 
     def tell(self, progress: dict[str, Any]) -> None:
         self.seen = progress["step"]
@@ -57,10 +61,11 @@ def train(shards: Location, run_directory: Path, *arguments: str, stop_after: in
         run(experiment, Worker(0, 1, torch.device("cpu"), 1), local_stream, Quiet(stop_after))
         torch.set_num_threads(threads)
         return experiment
-    in_a_group(workers, run_directory, _worker, config, shards, stop_after)
+    in_a_group(workers, run_directory, train_as, config, shards, stop_after)
     return open_experiment(config, shards)
 
 
-def _worker(rank: int, workers: int, config: Config, shards: Location, stop_after: int | None) -> None:
+def train_as(rank: int, workers: int, config: Config, shards: Location, stop_after: int | None = None) -> None:
+    """What each of the processes does."""
     worker = Worker(rank, workers, torch.device("cpu"), 1)
     run(open_experiment(config, shards), worker, local_stream, Quiet(stop_after))

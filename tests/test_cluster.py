@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -69,4 +70,38 @@ def test_a_ray_that_does_not_come_up_is_started_again_and_then_given_up_in_one_l
     assert [options["num_cpus"] for options in started] == [3, 3]
     started[:] = [{}, {}]
     with pytest.raises(DataError, match=r"^Ray did not start on this machine in 3 attempts \(The current node timed out "):
+        join_or_start(3)
+
+
+def test_what_a_ray_that_did_not_come_up_left_running_is_ended(monkeypatch: pytest.MonkeyPatch) -> None:
+    parents, mine = "import subprocess; subprocess.run(['sleep', '600'])", set(descendants(os.getpid()))
+    started: list[int] = []
+
+    def busy(**options: object) -> None:
+        assert set(descendants(os.getpid())) == mine | {other.pid}
+        started.append(subprocess.Popen([sys.executable, "-c", parents]).pid)
+        while len(descendants(os.getpid())) < len(mine) + 3:
+            time.sleep(0.05)
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(cluster.ray, "init", busy)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with subprocess.Popen(["sleep", "600"]) as other:
+        with pytest.raises(DataError, match="in 3 attempts"):
+            join_or_start(3)
+        assert len(started) == 3
+        assert set(descendants(os.getpid())) == mine | {other.pid}
+        other.kill()
+
+
+def test_settings_that_ray_refuses_are_told_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(**options: object) -> None:
+        assert not started
+        started.append(options)
+        raise ValueError("RAY_x is\nno number")
+
+    started: list[dict[str, object]] = []
+    monkeypatch.setattr(cluster.ray, "init", refuse)
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    with pytest.raises(DataError, match=r"^Ray does not start on this machine \(RAY_x is no number\)$"):
         join_or_start(3)

@@ -139,12 +139,14 @@ def check_disks(case: Case) -> Iterator[Finding]:
     disks, nodes = case.disks, case.machines()
     if CACHE in disks:
         yield from judge.disk("data.cache", nodes, CACHE, case.config.data.cache_gb * 1e9, "shards that are kept")
+    each = 3 * FLOAT * case.weights  # weights and two moments
     if CHECKPOINTS not in disks:
+        yield from judge.disk("TMPDIR", nodes, machine.SCRATCH, each, "checkpoints on their way to a store")
         return
     if case.experiment is None and case.config.train.epochs:
         raise NotChecked("how many steps train.epochs are is known of data sets that can be opened")
     steps = case.experiment.steps if case.experiment else steps_of(case.config.train, 0)
-    there, each = committed(disks[CHECKPOINTS]), 3 * FLOAT * case.weights  # weights and two moments
+    there = committed(disks[CHECKPOINTS])
     held = sum(sum(sizes(path).values()) for path in there)
     wanted = max(each, needs.most_checkpoints(case.config, steps) * each - held)
     what = f"checkpoints beside the {len(there)} that are there" if there else "checkpoints"

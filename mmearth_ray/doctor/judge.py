@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 from mmearth_ray.doctor.findings import Finding, Level
-from mmearth_ray.doctor.machine import Disk, Machine
+from mmearth_ray.doctor.machine import Machine
 from mmearth_ray.plan.memory import SPARE, Memory
 from mmearth_ray.progress import counted
 
@@ -200,7 +200,9 @@ def disk(subject: str, nodes: Nodes, use: str, wanted: float, what: str) -> Iter
     """Whether a disk that the run fills has room for what it writes there."""
 
     def verdict(machine: Machine, _: Offer) -> Verdict:
-        found: Disk = machine.disks[use]
+        found = machine.disks.get(use)
+        if found is None:
+            return "failed", f"there is no place for {what}, which take {size(wanted)}; set TMPDIR to a directory with room"
         text = f"{size(found.free)} free at {found.path}, {what} take {size(wanted)}"
         return ("ok", text) if found.free >= wanted else ("failed", f"{text}; free some, or name another place")
 

@@ -10,6 +10,7 @@ import resource
 import shutil
 import socket
 import subprocess
+import tempfile
 from collections.abc import Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -22,6 +23,9 @@ from mmearth_ray.files import write_failure
 
 PACKAGES = ("torch", "ray", "deepspeed", "pyarrow", "numpy")
 SHARED_MEMORY = Path("/dev/shm")
+
+SCRATCH = "temporary files"
+"""Name of the disk on which files lie that are on their way to a store, which every machine chooses by its TMPDIR."""
 
 
 class Disk(NamedTuple):
@@ -85,10 +89,16 @@ def look(wanted: Wanted, name: str = "") -> Machine:
         memory=_memory(),
         open_files=resource.getrlimit(resource.RLIMIT_NOFILE)[1],  # Ray raises the soft limit itself
         gpus=gpus(),
-        disks={use: disk_of(path) for use, path in wanted.disks.items()},
+        disks={use: disk_of(path) for use, path in {**_temporary(), **wanted.disks}.items()},
         shared_memory=disk_of(shared) if shared else None,
         unshared={folder: _unshared(shared) for folder, shared in wanted.shared.items()},
     )
+
+
+def _temporary() -> dict[str, Path]:
+    with suppress(OSError):
+        return {SCRATCH: Path(tempfile.gettempdir())}
+    return {}
 
 
 def versions() -> dict[str, str]:

@@ -5,6 +5,7 @@ import sys
 from mmearth_ray import settings
 from mmearth_ray.config import load_as
 from mmearth_ray.errors import run_command
+from mmearth_ray.keys import Config
 from mmearth_ray.plan.planned import Options, plan
 from mmearth_ray.plan.report import report
 
@@ -24,6 +25,7 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(USAGE + settings.help_text(Options))
         return 0
+    load_as(Config, [word for word in arguments if "=" not in word])  # files are for pretrain as well, which has no plan.KEY
     options = load_as(Options, arguments)
     found = []
     for size in options.sizes:

@@ -86,7 +86,8 @@ def _command(found: list[Planned], words: list[str]) -> list[str]:
     if len(found) != 1 or not (fit := found[0].chosen):
         return []
     chosen = {"model.size": found[0].size, "train.engine": fit.engine, "train.micro_batch": fit.micro_batch}
-    kept = [word for word in words if not word.startswith(("plan.", *(f"{name}=" for name in chosen)))]
+    ours = ("plan.", *(f"{name}=" for name in chosen))
+    kept = [word for word in words if "=" not in word or not word.startswith(ours)]
     told = [f"{name}={value}" for name, value in chosen.items()]
     return ["", f"python -m mmearth_ray.pretrain {shlex.join([*kept, *told])}"]
 

@@ -1,20 +1,21 @@
 """The line between a run's workers and its driver: progress and warnings one way, the wish to stop the other, and an error
 that is final."""
 
+import math
 import os
 import signal
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import Any
 
 import ray
-from ray.exceptions import RayError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from mmearth_ray.progress import ProgressLine, duration
+from mmearth_ray.train.room import FAULTS
 
 
 class Board:
@@ -58,6 +59,9 @@ class Silent:
     def should_stop(self) -> bool:
         return False
 
+    def waiting(self) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def warn(self, text: str) -> None:
         pass
 
@@ -65,7 +69,8 @@ class Silent:
 class BoardLine:
     """Rank 0's line to the board, kept up by a thread so that a step never waits for it.
 
-    A worker that has been asked to stop and has made no step for `patience` seconds, for no data come any more, is killed.
+    A worker that is asked to stop while it waits for data, and still waits `patience` seconds later, is killed: it would not
+    hear.  All else that it may wait for ends by itself.
     """
 
     def __init__(self, board: Any, patience: float) -> None:
@@ -74,16 +79,22 @@ class BoardLine:
         self.stop: bool = False
         self.warnings: list[str] = []
         self.delivered = 0
-        self.told = time.monotonic()
+        self.waits_since = math.inf
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._keep_up, daemon=True)
         self.thread.start()
 
     def tell(self, progress: dict[str, Any]) -> None:
-        self.progress, self.told = progress, time.monotonic()
+        self.progress = progress
 
     def should_stop(self) -> bool:
         return self.stop
+
+    @contextmanager
+    def waiting(self) -> Iterator[None]:
+        self.waits_since = time.monotonic()
+        yield
+        self.waits_since = math.inf
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)
@@ -94,18 +105,18 @@ class BoardLine:
         self.thread.join(timeout=10)
 
     def _keep_up(self) -> None:
+        asked_at = math.inf
         while True:
             last = self.closing.wait(0.5)
-            with suppress(RayError):  # a fault that passes; if the board is gone, so is the driver
+            with suppress(*FAULTS):  # one that passes; if the board is gone, so is the driver
                 new = self.warnings[self.delivered :]
-                asked = bool(ray.get(self.board.exchange.remote(self.progress, new, self.delivered)))
+                self.stop = bool(ray.get(self.board.exchange.remote(self.progress, new, self.delivered)))
                 self.delivered += len(new)
-                if asked and not self.stop:
-                    self.told = time.monotonic()
-                self.stop = asked
             if last:
                 return
-            if self.stop and time.monotonic() - self.told > self.patience:
+            now = time.monotonic()
+            asked_at = min(asked_at, now) if self.stop else math.inf
+            if now - max(asked_at, self.waits_since) > self.patience:
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
@@ -160,7 +171,7 @@ class Watch:
             try:
                 wish = self.stop.asked or self.changing
                 progress, self.fatal, warnings = ray.get(self.board.look.remote(wish, self.warned))
-            except RayError:
+            except FAULTS:
                 if last:
                     return
                 continue

@@ -8,9 +8,9 @@ checkpoint, follows when every worker's files have arrived.
 import json
 import shutil
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -149,11 +149,17 @@ class _OnStore(Begun):
             stack.pop_all()
 
     def _put(self, file: str, tensors: dict[str, Tensor]) -> None:
-        try:
+        with self._writing(file):
             save_file(tensors, self.scratch / file)
+        self.uploads.append(self.thread.submit(self._upload, file))
+
+    @contextmanager
+    def _writing(self, file: str) -> Iterator[None]:
+        """A failure here is one of the scratch folder, not of the store."""
+        try:
+            yield
         except (OSError, SafetensorError) as error:
             raise DataError(f"{write_failure(self.scratch / file, error)}, on its way to {self.place}") from error
-        self.uploads.append(self.thread.submit(self._upload, file))
 
     def _upload(self, file: str) -> None:
         if any(before.done() and before.exception() for before in self.uploads):
@@ -174,7 +180,9 @@ class _OnStore(Begun):
             with self.team.together(self.final):
                 if self.team.rank == 0:
                     self.keeping.check()
-                    for path in self._write_texts(self.scratch):
+                    with self._writing(STATE):
+                        texts = self._write_texts(self.scratch)
+                    for path in texts:
                         upload(path, self.place / path.name)
 
     def close(self) -> None:

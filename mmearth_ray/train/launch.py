@@ -96,6 +96,8 @@ def launch(experiment: Experiment) -> bool:
                 try:
                     again = _run_group(experiment, room, gpus, stop)
                 except (*FAULTS, TrainingFailedError) as error:
+                    if getattr(error, "errno", None) in NO_WRITING:
+                        raise DataError(write_failure(experiment.run, error)) from error
                     failures.add(error)
             return stop.asked
     except DataError as error:

@@ -6,7 +6,7 @@ global batch holds, run forward and backward on each micro-batch, update, write 
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -64,6 +64,10 @@ class Control(Protocol):
         """Whether to save and end when metrics are fetched next.  Only rank 0's answer counts."""
         ...
 
+    def waiting(self) -> AbstractContextManager[None]:
+        """A stretch in which data are waited for, and nothing is heard.  Entered and left at every step; must not block."""
+        ...
+
     def warn(self, text: str) -> None:
         """Show a line that must not be missed.  Called in any thread of rank 0; must not block."""
 
@@ -97,7 +101,8 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
         window, engine.forwarded = Window(clock), partial(clock.enter, "backward")
         for step in range(done + 1, experiment.last_step + 1):
             clock.enter("data_wait")
-            batches = [next(stream) for _ in range(ranges.per_step)]
+            with control.waiting():
+                batches = [next(stream) for _ in range(ranges.per_step)]
             rate = _learning_rate(experiment, step)
             found = _step(engine, batches, worker, rate, clock, local=config.train.averaging == "local")
             window.add(found, {"step": step, "lr": rate})

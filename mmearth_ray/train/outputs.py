@@ -26,7 +26,10 @@ def export_model(experiment: Experiment, weights: Mapping[str, Tensor], step: in
 
 
 def clear_half_written(run: Path) -> None:
-    """Remove what a kill left of an export."""
+    """Remove what a kill left of an export; the one before it comes back where it was moved away already."""
+    for removed in run.glob(f".{EXPORTED}.*.removed"):
+        if not (run / EXPORTED).exists():
+            removed.replace(run / EXPORTED)
     for left in run.glob(f".{EXPORTED}.*"):
         shutil.rmtree(left, ignore_errors=True)
 

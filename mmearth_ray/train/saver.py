@@ -1,5 +1,6 @@
 """The checkpoints of a run as it goes: at most one is on its way while steps are taken."""
 
+import time
 from collections.abc import Sequence
 from functools import partial
 from typing import Self
@@ -15,6 +16,9 @@ from mmearth_ray.train.outputs import description_of
 from mmearth_ray.train.ownership import require_claim
 from mmearth_ray.train.parts import Team
 from mmearth_ray.train.trackers import Metrics
+
+LOOK_SECONDS = 0.2
+"""Between two looks at whether all files have arrived, where nothing else is to be done."""
 
 
 class Saver:
@@ -45,13 +49,17 @@ class Saver:
         self.settle()
 
     def settle(self, *, wait: bool = False) -> None:
-        """Commit what was begun, once the files of all workers have arrived, or after waiting for them."""
+        """Commit what was begun, once the files of all workers have arrived, or after waiting for them.
+
+        However long that takes: no worker waits for another longer than a collective operation may.
+        """
         if self.begun is None:
             return
         step, begun = self.begun
-        missing = torch.tensor([not begun.arrived()], dtype=torch.int64)
-        if not wait and self.guard.engine.all_sum(missing).item():
-            return
+        while self.guard.engine.all_sum(torch.tensor([not begun.arrived()], dtype=torch.int64)).item():
+            if not wait:
+                return
+            time.sleep(LOOK_SECONDS)
         self.begun = None
         begun.commit()
         self.saved = step

@@ -1,5 +1,6 @@
 """The checks of a case without a cluster: what stands in the way of the run is found, and all else is looked at."""
 
+import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -65,6 +66,7 @@ def test_a_missing_bucket_fails_where_it_is_used_and_the_rest_is_looked_at(s3: S
     assert all("the bucket of s3://nowhere/" in text for text in failed.values())
     assert of(findings, "run.directory").level == "ok"
     assert not [finding for finding in findings if finding.subject == "disk"]  # checkpoints go elsewhere
+    assert of(findings, "TMPDIR").level == "ok"
     assert list(tmp_path.iterdir()) == []
 
 
@@ -138,6 +140,23 @@ def test_a_url_that_cannot_be_used_fails_where_it_is_used_and_the_rest_is_looked
     assert all(text.startswith("checkpoint.directory=s4://bucket/kept: ") for text in failed.values())
     assert of(findings, "machines").level == of(findings, "memory").level == of(findings, "data").level == "ok"
     assert not [finding for finding in findings if finding.subject == "disk"]
+
+
+def test_a_checkpoint_on_its_way_to_a_store_needs_room_for_temporary_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    config = small("checkpoint.directory=s3://bucket/kept")
+    here = machine.look(machine.Wanted({}))
+    scratch = here.disks[machine.SCRATCH]
+    assert scratch.path == str(tmp_path)
+    for spare, level in ((-1, "failed"), (0, "ok")):
+        free = 3 * 4 * count_weights(config) + spare
+        case = Case(config, nodes=[(replace(here, disks={machine.SCRATCH: scratch._replace(free=free)}), Offer(1))])
+        (finding,) = checks.check_disks(case)
+        assert finding[:2] == (level, "TMPDIR")
+    case = Case(config, nodes=[(replace(here, disks={}), Offer(1))])
+    assert [finding.level for finding in checks.check_disks(case)] == ["failed"]
 
 
 def test_of_machines_that_say_nothing_nothing_is_said(tmp_path: Path) -> None:

@@ -103,6 +103,18 @@ def test_every_experiment_is_planned_as_it_is(path: Path, capsys: pytest.Capture
     assert f"python -m mmearth_ray.pretrain {path} model.size={config.model.size} train.engine=ddp" in said
 
 
+def test_a_file_whose_name_begins_like_a_key_stays_in_the_command(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("plan.yaml").write_text("train: {steps: 7}\n")
+    assert main(["plan.yaml", *SHAPE[:2], "plan.engines=[ddp]"]) == 0
+    assert "python -m mmearth_ray.pretrain plan.yaml model.image_size" in capsys.readouterr().out
+    Path("plan.yaml").write_text("plan: {tiles: 7}\n")
+    with pytest.raises(UsageError, match=r"^plan\.yaml: there is no key 'plan'"):
+        main(["plan.yaml", *SHAPE[:2]])
+
+
 def test_a_gpu_whose_peak_is_not_known_gets_no_time() -> None:
     asked = options("plan.gpu=a new one")
     assert any("give log.peak_tflops=" in line for line in report(asked, [plan(asked, "atto")], []))

@@ -1,5 +1,11 @@
 """What workers tell the driver: warnings arrive once and in order, whatever is said twice on the way."""
 
+import signal
+import subprocess
+import sys
+
+import pytest
+
 from mmearth_ray.train.board import Board
 
 
@@ -18,3 +24,35 @@ def test_the_first_final_error_stays() -> None:
     board.fail("first")
     board.fail("second")
     assert board.look(False, 0)[1] == "first"
+
+
+ASKED = """
+import sys, time
+from contextlib import nullcontext
+from mmearth_ray.train import board
+
+class Exchange:
+    def remote(*given):
+        return True
+
+class Wished:
+    exchange = Exchange()
+
+board.ray.get = lambda answer: answer
+line = board.BoardLine(Wished, patience=1.0)
+with line.waiting():
+    pass
+with line.waiting() if sys.argv[1] == "data" else nullcontext():
+    time.sleep(4)
+assert line.should_stop()
+line.close()
+print("saved")
+"""
+
+
+@pytest.mark.parametrize(("what", "code", "said"), [("data", -signal.SIGKILL, ""), ("a store", 0, "saved\n")])
+def test_a_worker_that_is_to_stop_is_killed_where_it_waits_for_data_and_not_while_it_saves(
+    what: str, code: int, said: str
+) -> None:
+    done = subprocess.run([sys.executable, "-c", ASKED, what], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (code, said), done.stderr

@@ -1,6 +1,7 @@
 """A checkpoint that the first worker reads for all of them."""
 
 import json
+import time
 from pathlib import Path
 
 import pytest
@@ -12,10 +13,13 @@ from upath import UPath
 
 from mmearth_ray.errors import DataError
 from mmearth_ray.storage import Location
-from mmearth_ray.train.checkpoint import checkpoint_path
+from mmearth_ray.train import handing
+from mmearth_ray.train.checkpoint import State, checkpoint_path
 from mmearth_ray.train.handing import handed_out
 
 CPU = torch.device("cpu")
+PATIENCE = 5.0
+"""Seconds that a collective operation is given, where that is tried."""
 
 
 def take(rank: int, workers: int, path: Location, folder: Path) -> None:
@@ -24,6 +28,17 @@ def take(rank: int, workers: int, path: Location, folder: Path) -> None:
         assert "a.weight" in weights
         assert "other" not in moments
         torch.save((dict(weights), dict(moments)), folder / f"rank-{rank}")
+
+
+def slowly(rank: int, workers: int, path: Location, folder: Path) -> None:
+    load = handing.load_state
+
+    def late(checkpoint: Location) -> State:
+        time.sleep(2 * PATIENCE)
+        return load(checkpoint)
+
+    handing.load_state = late
+    take(rank, workers, path, folder)
 
 
 def nothing(rank: int, workers: int, folder: Path) -> None:
@@ -50,6 +65,15 @@ def test_every_worker_has_the_tensors_and_the_store_is_asked_by_one(workers: int
     sizes = [(checkpoint_path(store, 1) / f"{name}.safetensors").stat().st_size for name in ("model", "optimizer")]
     sizes.append((checkpoint_path(store, 1) / "state.json").stat().st_size)
     assert s3.counts()["bytes"] == sum(sizes)
+
+
+def test_reading_may_take_longer_than_a_collective_operation(tmp_path: Path) -> None:
+    commit(tmp_path, 1)
+    in_a_group(2, tmp_path, slowly, tmp_path, tmp_path, patience=PATIENCE)
+    first, second = (torch.load(tmp_path / f"rank-{rank}", weights_only=True) for rank in (0, 1))
+    assert same(first[0], tensors(1))
+    assert same(second[0], tensors(1))
+    assert same(second[1], tensors(2))
 
 
 @pytest.mark.parametrize("workers", [1, 2])

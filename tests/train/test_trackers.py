@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def records(path: Path) -> Iterator[Record]:
             position += left
             continue
         length, kind = struct.unpack("<4xHB", data[position : position + 7])
+        if position + 7 + length > len(data):
+            return  # still being written
         whole += data[position + 7 : position + 7 + length]
         position += 7 + length
         if kind in (1, 4):  # a whole record, or the last part of one
@@ -48,11 +51,20 @@ def records(path: Path) -> Iterator[Record]:
             whole = b""
 
 
+def written(path: Path) -> list[Record]:
+    """All records of a start that has ended: its own process writes the last of them a moment after it was told of the end."""
+    deadline = time.monotonic() + 60
+    while not (held := list(records(path))) or held[-1].WhichOneof("record_type") != "exit":
+        assert time.monotonic() < deadline, f"{path} has no end"
+        time.sleep(0.05)
+    return held
+
+
 def wandb_starts(run: Path) -> list[tuple[str, dict[str, Any], list[dict[str, Any]]]]:
     """Of every start: the run's id, its configuration, and the lines."""
     found = []
     for path in sorted((run / "wandb").glob("offline-run-*/*.wandb"), key=lambda p: p.stat().st_mtime_ns):
-        held = list(records(path))
+        held = written(path)
         (about,) = [r.run for r in held if r.WhichOneof("record_type") == "run"]
         lines = [
             {item.key or ".".join(item.nested_key): json.loads(item.value_json) for item in r.history.item}
