@@ -4,7 +4,7 @@
 `optimizer.safetensors` (AdamW's moments by parameter name) and `state.json` (step, position, settings, digests, versions).
 Tensors of more than 1 GiB are several files (see `parts`).  In a directory a checkpoint is written under another name and
 renamed (see `commit`).  On an object store, where every file appears whole but no two at once, the state is written last and
-removed first: what has none is no checkpoint.  Workers find the newest one themselves.
+removed first: what has none is no checkpoint.  The first worker finds the newest one and hands it on (see `handing`).
 """
 
 import json

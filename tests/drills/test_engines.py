@@ -110,10 +110,10 @@ def test_bf16_ends_where_float32_does(shards: Path, tmp_path: Path) -> None:
     long = ("train.steps=200", "schedule.warmup_fraction=0.2", "checkpoint.every=200", "train.global_batch=2")
     low = (*long, "train.precision=bf16")
     in_groups(tmp_path, shards, {1: [
-        Job(tmp_path / "fp32", "ddp", long), *(Job(tmp_path / engine, engine, low) for engine in ("ddp", "zero2", "zero3"))
+        Job(tmp_path / "fp32", "ddp", long), *(Job(tmp_path / engine, engine, low) for engine in ENGINES)
     ]})  # fmt: skip
     expected = [entry["loss"] for entry in metrics(tmp_path / "fp32")][-10:]
-    for engine in ("ddp", "zero2", "zero3"):
+    for engine in ENGINES:
         found = losses(tmp_path / engine)
         assert len(found) == 200
         assert found[-10:] == pytest.approx(expected, rel=1e-2, abs=1e-2), engine
