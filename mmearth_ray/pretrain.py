@@ -82,10 +82,13 @@ JOB_COPIES = "runtime_resources"
 
 
 def check_stays(config: Config) -> None:
-    """Raise UsageError if the run would be written to a copy of a directory that Ray throws away."""
+    """Raise UsageError if the run would be written to a copy of a directory that Ray throws away, or where a file is."""
     kept = {"run.directory": config.run.directory, "checkpoint.directory": config.checkpoint.directory}
     for name, given in kept.items():
-        if given and "://" not in given and not Path(given).expanduser().is_absolute() and JOB_COPIES in Path.cwd().parts:
+        place = Path(given).expanduser()
+        if given and (files := [path for path in (place, *place.parents) if path.is_file()]):
+            raise UsageError(f"{name}={given}: {files[0]} is a file; name a directory")
+        if given and "://" not in given and not place.is_absolute() and JOB_COPIES in Path.cwd().parts:
             raise UsageError(f"{name}={given} is relative to a copy of the working directory that Ray removes after the job; "
                              "give an absolute path, on storage that all machines share")  # fmt: skip
 

@@ -187,6 +187,16 @@ def test_faults_before_the_start_are_said(
 
 
 @pytest.mark.parametrize("key", ["run.directory", "checkpoint.directory"])
+def test_a_file_where_a_directory_is_wanted_is_named(key: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "file").write_text("mine")
+    data = make_data_set(tmp_path / "data").directory
+    for given in (tmp_path / "file", tmp_path / "file" / "run"):
+        code, error = answer(capsys, f"data.shards={data}", f"run.directory={tmp_path / 'run'}", f"{key}={given}")
+        assert (code, error) == (2, f"error: {key}={given}: {tmp_path / 'file'} is a file; name a directory\n")
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("key", ["run.directory", "checkpoint.directory"])
 def test_a_job_does_not_write_into_a_copy_that_ray_throws_away(
     key: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -77,6 +77,7 @@ def test_the_default_of_a_list_or_mapping_is_not_shared() -> None:
     [
         ("engine.powr=3", "engine.powr=3: there is no key 'engine.powr'; did you mean engine.power?"),
         ("power=3", "power=3: there is no key 'power'; did you mean engine.power?"),
+        ("enigne.power=3", "enigne.power=3: there is no key 'enigne.power'; did you mean engine.power?"),
         ("xyzzy=3", "xyzzy=3: there is no key 'xyzzy'; --help lists the keys"),
         ("engine.power=much", "engine.power=much: engine.power must be a number; --help tells what it means"),
         ("engine.cylinders=1.5", "engine.cylinders=1.5: engine.cylinders must be a whole number or null; --help"),

@@ -245,11 +245,14 @@ def _numbers(values: np.ndarray) -> list[float | None]:
 
 
 def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str] | None = None) -> None:
-    """Write a safetensors file.  Raises OSError if the disk does not take it."""
+    """Write a safetensors file, with the permissions of other files.  Raises OSError if the disk does not take it."""
+    path.touch()
+    mode = path.stat().st_mode
     try:
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
         raise OSError(str(error)) from error
+    path.chmod(mode)  # safetensors leaves it to its owner alone
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

@@ -14,12 +14,10 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 from upath import UPath
 
-from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, INDEX, STATE
+from mmearth_ray.checkpoints.folder import CHECKPOINT_FILE, INDEX, STATE, save_tensors
 from mmearth_ray.copies import scratch, upload
 from mmearth_ray.errors import DataError
 from mmearth_ray.files import flush, write_failure
@@ -104,7 +102,7 @@ class _InDirectory(Begun):
             stack.pop_all()
 
     def _put(self, file: str, tensors: dict[str, Tensor]) -> None:
-        save_file(tensors, self.incoming / file)
+        save_tensors(tensors, self.incoming / file)
         flush(self.incoming / file)
 
     def arrived(self) -> bool:
@@ -150,7 +148,7 @@ class _OnStore(Begun):
 
     def _put(self, file: str, tensors: dict[str, Tensor]) -> None:
         with self._writing(file):
-            save_file(tensors, self.scratch / file)
+            save_tensors(tensors, self.scratch / file)
         self.uploads.append(self.thread.submit(self._upload, file))
 
     @contextmanager
@@ -158,7 +156,7 @@ class _OnStore(Begun):
         """A failure here is one of the scratch folder, not of the store."""
         try:
             yield
-        except (OSError, SafetensorError) as error:
+        except OSError as error:
             raise DataError(f"{write_failure(self.scratch / file, error)}, on its way to {self.place}") from error
 
     def _upload(self, file: str) -> None:

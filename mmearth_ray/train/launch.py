@@ -71,8 +71,11 @@ def start_ray(config: Config) -> None:
     os.environ.setdefault("RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S", str(config.train.hang_timeout))
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
     logging.getLogger("ray.train").setLevel(logging.ERROR)
-    workers = most_workers(config)
-    join_or_start(max(workers + max(OWN_DATA_CPUS, workers), os.cpu_count() or 1), config.run.address)
+    workers, cores = most_workers(config), os.cpu_count() or 1
+    if workers > cores and not (config.run.address or os.environ.get("RAY_ADDRESS")):
+        shared = f"{counted(workers, 'worker')} share the {counted(cores, 'core')} of this machine, where fewer are as fast"
+        print(f"warning: train.workers={config.train.workers}: {shared}", file=sys.stderr, flush=True)
+    join_or_start(max(workers + max(OWN_DATA_CPUS, workers), cores), config.run.address)
 
 
 def launch(experiment: Experiment) -> bool:

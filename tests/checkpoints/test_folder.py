@@ -26,6 +26,7 @@ def test_what_is_written_is_read_again(model: tuple[Description, dict[str, torch
     description = replace(description, statistics=statistics, step=7, data_set="d")
     exported = open_exported(write_exported(tmp_path / "run" / "exported", description, tensors))
     assert exported.description == description
+    assert len({path.stat().st_mode for path in exported.folder.iterdir() if path.is_file()}) == 1  # those of its neighbours
     found = exported.tensors()
     assert found.keys() == tensors.keys()
     assert all(torch.equal(found[name], value) for name, value in tensors.items())

@@ -60,7 +60,7 @@ def test_a_failure_while_writing_leaves_nothing_behind_and_keeps_what_was_there(
             full()
         save_file(given, path)
 
-    monkeypatch.setattr(commit_module, "save_file", save_file_until)
+    monkeypatch.setattr(commit_module, "save_tensors", save_file_until)
     if fails == "state":
         monkeypatch.setattr(Path, "write_text", full)
     if fails == "flush":
@@ -86,7 +86,7 @@ def test_what_no_space_would_help_is_not_told_to_free_some(
     def refused(*_: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(commit_module, "save_file", refused)
+    monkeypatch.setattr(commit_module, "save_tensors", refused)
     why = os.strerror(number)
     with pytest.raises(DataError, match=rf"^cannot write {checkpoint_path(tmp_path, 2)}: {why}$"):
         commit(tmp_path, 2)

@@ -227,3 +227,19 @@ def test_what_a_run_could_use_is_asked_for_again_and_again(tmp_path: Path, monke
     cloud = Cloud(monkeypatch)
     cloud.looks(Change(experiment(tmp_path, workers="[1,4]").config, ROOM, gpus=False), 20)
     assert cloud.asked == [(4, False)] * 10
+
+
+@pytest.mark.parametrize(("workers", "joins", "told"), [("3", "", True), ("2", "", False), ("[1,3]", "", True), ("3", "h:1", False)])
+def test_more_workers_than_cores_on_a_machine_of_its_own_are_told(
+    workers: str, joins: str, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name in ("RAY_TRAIN_ENABLE_PRINT_PATCH", "RAY_CHDIR_TO_TRIAL_DIR", "RAY_TRAIN_WORKER_HEALTH_CHECK_TIMEOUT_S",
+                 "RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"):  # fmt: skip
+        monkeypatch.setenv(name, "1")
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 2)
+    monkeypatch.setattr(launch, "join_or_start", lambda cpus, address: None)
+    launch.start_ray(load([f"train.workers={workers}", "train.global_batch=6", f"run.address={joins}"]))
+    said = capsys.readouterr().err
+    assert ("3 workers share the 2 cores of this machine, where fewer are as fast" in said) == told
+    assert bool(said) == told

@@ -69,7 +69,7 @@ def test_tensors_too_large_for_a_file_are_several_and_every_worker_writes_its_sh
         written.append((threading.get_ident(), path.name, sum(t.nbytes for t in given.values())))
         save_file(given, path)
 
-    monkeypatch.setattr(committing, "save_file", recorded)
+    monkeypatch.setattr(committing, "save_tensors", recorded)
     turns: dict[int, list[str]] = {rank: [] for rank in range(workers)}
 
     def given(rank: int) -> Gathered:
@@ -113,7 +113,7 @@ def test_what_one_worker_cannot_write_all_of_them_raise_and_nothing_is_left(
             raise OSError(28, "No space left on device")
         save_file(given, path)
 
-    monkeypatch.setattr(committing, "save_file", full)
+    monkeypatch.setattr(committing, "save_tensors", full)
     raised = Workers(2).save(tmp_path, 2, lambda rank: parted(4))
     assert len({str(error) for error in raised}) == 1
     assert str(raised[0]).startswith(f"no space left on the disk of {tmp_path} while writing step-00000002; free some")
