@@ -229,7 +229,9 @@ def test_what_a_run_could_use_is_asked_for_again_and_again(tmp_path: Path, monke
     assert cloud.asked == [(4, False)] * 10
 
 
-@pytest.mark.parametrize(("workers", "joins", "told"), [("3", "", True), ("2", "", False), ("[1,3]", "", True), ("3", "h:1", False)])
+@pytest.mark.parametrize(
+    ("workers", "joins", "told"), [("3", "", True), ("2", "", False), ("[1,3]", "", True), ("3", "h:1", False)]
+)
 def test_more_workers_than_cores_on_a_machine_of_its_own_are_told(
     workers: str, joins: str, told: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
