@@ -2,6 +2,7 @@
 
 import re
 import time
+from functools import partial
 from pathlib import Path
 
 import fsspec
@@ -71,16 +72,20 @@ def test_checkpoints_on_a_store_that_throttles_breaks_and_resets_are_all_whole(
 def test_a_store_that_never_answers_ends_the_run_before_a_worker_is_taken_for_hung(
     what: str, manifest: Manifest, s3: S3, tmp_path: Path
 ) -> None:
-    """However many attempts are allowed: the patience is that of the shortest `train.hang_timeout` with a store."""
+    """However many attempts are allowed: the patience is that of the shortest `train.hang_timeout` with a store.
+
+    The first checkpoint has arrived; where checkpoints fail, that is the newest one in the end.
+    """
     bucket, shards = s3.make_bucket(), str(manifest.directory)
     if what == "shards":
         shards = f"{bucket}/tiny"
         for path in sorted(manifest.directory.iterdir()):
             fsspec.filesystem("s3").put_file(str(path), f"{shards}/{path.name}")
+    kept = partial(committed, locate(f"{bucket}/kept", "checkpoint.directory"))
     places = (f"data.shards={shards}", f"checkpoint.directory={bucket}/kept", f"run.directory={tmp_path}")
     limits = ("train.steps=4000", "data.attempts=20", "train.hang_timeout=150")
     with pretraining(*RUN, *places, *limits) as process:
-        wait_for(lambda: len(metrics(tmp_path)) >= 4, "step 4", process)
+        wait_for(lambda: len(metrics(tmp_path)) >= 4 and bool(kept()), "step 4 and the checkpoint of step 3", process)
         s3.fail(silent=1.0, only="^(GET|HEAD).*/tiny/" if what == "shards" else "^(PUT|POST).*/step-")
         began = time.monotonic()
         assert process.wait(timeout=400) == 1
