@@ -32,8 +32,7 @@ def join_or_start(own_cpus: int, address: str = "") -> None:
         return
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    cluster = address or os.environ.get("RAY_ADDRESS", "")
-    if not cluster or cluster == "local":
+    if not (cluster := cluster_address(address)):
         _stay_on_loopback()
         _start(num_cpus=own_cpus, include_dashboard=False, _node_ip_address=LOOPBACK, **quiet)
         return
@@ -48,18 +47,24 @@ def join_or_start(own_cpus: int, address: str = "") -> None:
         ) from error
 
 
+def cluster_address(given: str = "") -> str:
+    """The cluster to join, by a setting or else by RAY_ADDRESS; empty for a Ray of our own."""
+    address = given or os.environ.get("RAY_ADDRESS", "")
+    return "" if address == "local" else address
+
+
 def _start(**options: Any) -> None:
-    """Start a Ray, and once more where it does not come up in the time that Ray gives itself."""
+    """Start a Ray, and again where it does not come up in the time that Ray gives itself."""
     for left in reversed(range(STARTS)):
         before = set(psutil.Process().children())
         try:
             ray.init(address="local", **options)
             return
-        except (TypeError, ValueError) as error:  # of its settings in the environment
-            raise DataError(f"Ray does not start on this machine ({one_line(error)})") from error
         except Exception as error:  # Ray raises no narrower one
             ray.shutdown()
             _end(set(psutil.Process().children()) - before)
+            if isinstance(error, TypeError | ValueError):  # of its settings in the environment
+                raise DataError(f"Ray does not start on this machine ({one_line(error)})") from error
             if not left:
                 raise DataError(f"Ray did not start on this machine in {STARTS} attempts ({one_line(error)}); it may be too "
                                 "busy: run the command again once it is not") from error  # fmt: skip

@@ -8,7 +8,7 @@ import fcntl
 import json
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -47,6 +47,7 @@ def main(arguments: list[str]) -> int:
         return 0
     config = configuration.load(arguments)
     check_stays(config)
+    check_no_file(config)
     shards = shards_of(config)
     check_hang_timeout(config, shards)
     experiment = open_experiment(config, *shards)
@@ -82,15 +83,26 @@ JOB_COPIES = "runtime_resources"
 
 
 def check_stays(config: Config) -> None:
-    """Raise UsageError if the run would be written to a copy of a directory that Ray throws away, or where a file is."""
-    kept = {"run.directory": config.run.directory, "checkpoint.directory": config.checkpoint.directory}
-    for name, given in kept.items():
-        place = Path(given).expanduser()
-        if given and (files := [path for path in (place, *place.parents) if path.is_file()]):
-            raise UsageError(f"{name}={given}: {files[0]} is a file; name a directory")
-        if given and "://" not in given and not place.is_absolute() and JOB_COPIES in Path.cwd().parts:
+    """Raise UsageError if the run would be written to a copy of a directory that Ray throws away."""
+    for name, given in _kept(config).items():
+        if not Path(given).expanduser().is_absolute() and JOB_COPIES in Path.cwd().parts:
             raise UsageError(f"{name}={given} is relative to a copy of the working directory that Ray removes after the job; "
                              "give an absolute path, on storage that all machines share")  # fmt: skip
+
+
+def check_no_file(config: Config) -> None:
+    """Raise UsageError if there is a file where the run is to have a directory."""
+    for name, given in _kept(config).items():
+        place = Path(given).expanduser()
+        with suppress(OSError):  # of what may not be looked at there is more to say later
+            if files := [path for path in (place, *place.parents) if path.is_file()]:
+                raise UsageError(f"{name}={given}: {files[0]} is a file; name a directory")
+
+
+def _kept(config: Config) -> dict[str, str]:
+    """Local directories that the run writes, by their keys."""
+    kept = {"run.directory": config.run.directory, "checkpoint.directory": config.checkpoint.directory}
+    return {name: given for name, given in kept.items() if given and "://" not in given}
 
 
 STORE_SECONDS = 150.0

@@ -263,8 +263,8 @@ def _explain(kind: type, source: str, name: str) -> str:
         wanted = known[name].type
         readable = " or ".join(_READABLE[kind] for kind in (get_args(wanted) if isinstance(wanted, UnionType) else (wanted,)))
         return f"{source}: {name} must be {readable}; --help tells what it means"
-    given = source.partition("=")[0]
-    name = given if given.startswith(name + ".") else name  # of a section that there is not, the whole key
+    given, equals, _ = source.partition("=")
+    name = given if equals and given.startswith(name + ".") else name  # of a section that there is not, the whole key
     close = [n for n in known if n.endswith("." + name)] or difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     hint = f"did you mean {close[0]}?" if close else "--help lists the keys"
     return f"{source}: there is no key '{name}'; {hint}"

@@ -4,6 +4,7 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 from uuid import uuid4
@@ -45,8 +46,13 @@ def in_a_group(
 def _member(rank: int, workers: int, store: str, patience: float | None, job: Callable[..., None], *arguments: Any) -> None:
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"
-    limit = timedelta(seconds=patience) if patience else None
-    dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=workers, timeout=limit)
-    job(rank, workers, *arguments)
+    join = partial(dist.init_process_group, "gloo", rank=rank, world_size=workers)
+    join(init_method=f"file://{store}")
     dist.barrier()
+    if patience:  # now that all are there
+        dist.destroy_process_group()
+        join(init_method=f"file://{store}-again", timeout=timedelta(seconds=patience))
+    job(rank, workers, *arguments)
+    if not patience:
+        dist.barrier()
     dist.destroy_process_group()

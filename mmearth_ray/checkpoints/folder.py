@@ -252,7 +252,8 @@ def save_tensors(tensors: dict[str, Tensor], path: Path, metadata: dict[str, str
         save_file(tensors, path, metadata=metadata)
     except SafetensorError as error:
         raise OSError(str(error)) from error
-    path.chmod(mode)  # safetensors leaves it to its owner alone
+    if path.stat().st_mode != mode:  # safetensors leaves it to its owner alone
+        path.chmod(mode)
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:

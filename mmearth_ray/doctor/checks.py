@@ -1,11 +1,11 @@
 """The checks, in order.  Each looks at one thing of the case, and leaves there what later ones need."""
 
-import os
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from mmearth_ray.cluster import cluster_address
 from mmearth_ray.config import most_workers, steps_of, worker_counts
 from mmearth_ray.doctor import judge, machine, needs, places
 from mmearth_ray.doctor.case import CACHE, CHECKPOINTS, Case
@@ -55,8 +55,8 @@ def check_ray(case: Case) -> Iterator[Finding]:
     """Join the cluster, or start a Ray, as pretrain does."""
     start_ray(case.config)
     case.gpus = uses_gpus(case.config)
-    address = case.config.run.address or os.environ.get("RAY_ADDRESS", "local")
-    yield Finding("ok", "Ray", "starts on this machine" if address == "local" else f"joined the cluster at {address}")
+    address = cluster_address(case.config.run.address)
+    yield Finding("ok", "Ray", f"joined the cluster at {address}" if address else "starts on this machine")
 
 
 def check_room(case: Case) -> Iterator[Finding]:
@@ -141,7 +141,8 @@ def check_disks(case: Case) -> Iterator[Finding]:
         yield from judge.disk("data.cache", nodes, CACHE, case.config.data.cache_gb * 1e9, "shards that are kept")
     each = 3 * FLOAT * case.weights  # weights and two moments
     if CHECKPOINTS not in disks:
-        yield from judge.disk("TMPDIR", nodes, machine.SCRATCH, each, "checkpoints on their way to a store")
+        offering = judge.offering(nodes, bool(case.gpus))
+        yield from judge.disk("TMPDIR", offering, machine.SCRATCH, each, "checkpoints on their way to a store")
         return
     if case.experiment is None and case.config.train.epochs:
         raise NotChecked("how many steps train.epochs are is known of data sets that can be opened")

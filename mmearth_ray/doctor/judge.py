@@ -123,14 +123,21 @@ def gpus(nodes: Nodes, wanted: bool, precision: str) -> Iterator[Finding]:
     yield from grouped("GPUs", nodes, verdict)
 
 
+def places(offer: Offer, on_gpus: bool) -> int:
+    """How many workers a machine takes."""
+    return int(offer.gpus if on_gpus else offer.cpus)
+
+
+def offering(nodes: Nodes, on_gpus: bool) -> Nodes:
+    """The machines on which workers may be."""
+    return [(machine, offer) for machine, offer in nodes if places(offer, on_gpus) > 0]
+
+
 def memory(nodes: Nodes, on_gpus: bool, taken: Memory, workers: int, *, offload: bool) -> Iterator[Finding]:
     """Whether what the workers of a machine hold at most fits there, of machines that offer what workers run on."""
 
-    def places(offer: Offer) -> int:
-        return int(offer.gpus if on_gpus else offer.cpus)
-
     def verdict(machine: Machine, offer: Offer) -> Verdict:
-        here, left = min(workers, places(offer)), machine.memory - offer.store
+        here, left = min(workers, places(offer, on_gpus)), machine.memory - offer.store
         store = f" less {size(offer.store)} object store" if offer.store else ""
         host = f"{counted(here, 'worker')} on {size(machine.memory)}{store}"
         own = taken.on_gpu(offload=offload) if on_gpus else taken.total
@@ -146,10 +153,10 @@ def memory(nodes: Nodes, on_gpus: bool, taken: Memory, workers: int, *, offload:
         advice = "" if fits else "; use train.engine=zero3, a smaller train.micro_batch or model.size, or larger machines"
         return ("ok" if fits else "failed"), f"{text}{advice}"
 
-    offering = [(machine, offer) for machine, offer in nodes if places(offer) > 0]
-    if not offering:
+    found = offering(nodes, on_gpus)
+    if not found:
         yield Finding("warning", "memory", f"not checked: no machine offers {'a GPU' if on_gpus else 'CPUs'} to workers")
-    yield from grouped("memory", offering, verdict)
+    yield from grouped("memory", found, verdict)
 
 
 def shared_memory(nodes: Nodes) -> Iterator[Finding]:

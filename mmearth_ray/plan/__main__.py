@@ -7,7 +7,7 @@ from mmearth_ray.config import load_as
 from mmearth_ray.errors import run_command
 from mmearth_ray.keys import Config
 from mmearth_ray.plan.planned import Options, plan
-from mmearth_ray.plan.report import report
+from mmearth_ray.plan.report import is_plans, report
 
 USAGE = """Plan the run that pretrain starts with the same words, before renting GPUs for it.
 
@@ -25,7 +25,7 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(USAGE + settings.help_text(Options))
         return 0
-    load_as(Config, [word for word in arguments if "=" not in word])  # files are for pretrain as well, which has no plan.KEY
+    load_as(Config, [word for word in arguments if not is_plans(word)])  # pretrain has to take the same words and files
     options = load_as(Options, arguments)
     found = []
     for size in options.sizes:

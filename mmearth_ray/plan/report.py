@@ -86,10 +86,15 @@ def _command(found: list[Planned], words: list[str]) -> list[str]:
     if len(found) != 1 or not (fit := found[0].chosen):
         return []
     chosen = {"model.size": found[0].size, "train.engine": fit.engine, "train.micro_batch": fit.micro_batch}
-    ours = ("plan.", *(f"{name}=" for name in chosen))
-    kept = [word for word in words if "=" not in word or not word.startswith(ours)]
+    ours = tuple(f"{name}=" for name in chosen)
+    kept = [word for word in words if not is_plans(word) and not word.startswith(ours)]
     told = [f"{name}={value}" for name, value in chosen.items()]
     return ["", f"python -m mmearth_ray.pretrain {shlex.join([*kept, *told])}"]
+
+
+def is_plans(word: str) -> bool:
+    """Whether a word of the command is for the plan alone."""
+    return word.startswith("plan.") and "=" in word
 
 
 def _nothing_fits(options: Options, planned: Planned) -> str:

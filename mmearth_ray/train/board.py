@@ -93,8 +93,10 @@ class BoardLine:
     @contextmanager
     def waiting(self) -> Iterator[None]:
         self.waits_since = time.monotonic()
-        yield
-        self.waits_since = math.inf
+        try:
+            yield
+        finally:
+            self.waits_since = math.inf
 
     def warn(self, text: str) -> None:
         self.warnings.append(text)

@@ -23,7 +23,7 @@ from ray.train import FailureConfig, RunConfig, ScalingConfig, TrainingFailedErr
 from ray.train.torch import TorchConfig, TorchTrainer, get_device
 from safetensors import SafetensorError
 
-from mmearth_ray.cluster import join_or_start
+from mmearth_ray.cluster import cluster_address, join_or_start
 from mmearth_ray.config import most_workers
 from mmearth_ray.errors import DataError
 from mmearth_ray.experiment import Experiment
@@ -72,7 +72,7 @@ def start_ray(config: Config) -> None:
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(START_SECONDS))
     logging.getLogger("ray.train").setLevel(logging.ERROR)
     workers, cores = most_workers(config), os.cpu_count() or 1
-    if workers > cores and not (config.run.address or os.environ.get("RAY_ADDRESS")):
+    if workers > cores and not cluster_address(config.run.address):
         shared = f"{counted(workers, 'worker')} share the {counted(cores, 'core')} of this machine, where fewer are as fast"
         print(f"warning: train.workers={config.train.workers}: {shared}", file=sys.stderr, flush=True)
     join_or_start(max(workers + max(OWN_DATA_CPUS, workers), cores), config.run.address)
@@ -100,7 +100,7 @@ def launch(experiment: Experiment) -> bool:
                     again = _run_group(experiment, room, gpus, stop)
                 except (*FAULTS, TrainingFailedError) as error:
                     if getattr(error, "errno", None) in NO_WRITING:
-                        raise DataError(write_failure(experiment.run, error)) from error
+                        raise DataError(_not_written(experiment, error)) from error
                     failures.add(error)
             return stop.asked
     except DataError as error:
@@ -218,6 +218,10 @@ def _log(run: Path, error: Exception) -> str:
     return ""
 
 
+def _not_written(experiment: Experiment, error: Exception) -> str:
+    return write_failure(Path(getattr(error, "filename", None) or experiment.run), error)
+
+
 def _worker(settings: dict[str, Any]) -> None:
     """What each train worker runs."""
     board = settings["board"]
@@ -243,7 +247,7 @@ def _worker(settings: dict[str, Any]) -> None:
         raise
     except (OSError, SafetensorError) as error:
         if getattr(error, "errno", None) in NO_WRITING or "No space left" in str(error):
-            ray.get(board.fail.remote(write_failure(experiment.run, error)))
+            ray.get(board.fail.remote(_not_written(experiment, error)))
         raise
     finally:
         if line:

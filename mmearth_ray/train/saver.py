@@ -51,7 +51,7 @@ class Saver:
     def settle(self, *, wait: bool = False) -> None:
         """Commit what was begun, once the files of all workers have arrived, or after waiting for them.
 
-        However long that takes: no worker waits for another longer than a collective operation may.
+        Uploads of tensors may take longer than a collective operation is given.
         """
         if self.begun is None:
             return

@@ -107,8 +107,8 @@ def test_a_file_whose_name_begins_like_a_key_stays_in_the_command(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    Path("plan.yaml").write_text("train: {steps: 7}\n")
-    assert main(["plan.yaml", *SHAPE[:2], "plan.engines=[ddp]"]) == 0
+    Path("plan.yaml").write_text("train: {steps: 7}\nmodel: {patch_size: 5}\n")
+    assert main(["plan.yaml", *SHAPE[:2], "plan.engines=[ddp]"]) == 0  # the file alone does not fit together
     assert "python -m mmearth_ray.pretrain plan.yaml model.image_size" in capsys.readouterr().out
     Path("plan.yaml").write_text("plan: {tiles: 7}\n")
     with pytest.raises(UsageError, match=r"^plan\.yaml: there is no key 'plan'"):

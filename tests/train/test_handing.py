@@ -18,7 +18,7 @@ from mmearth_ray.train.checkpoint import State, checkpoint_path
 from mmearth_ray.train.handing import handed_out
 
 CPU = torch.device("cpu")
-PATIENCE = 5.0
+PATIENCE = 8.0
 """Seconds that a collective operation is given, where that is tried."""
 
 

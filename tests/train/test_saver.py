@@ -21,7 +21,7 @@ from mmearth_ray.train.checkpoint import checkpoint_path
 
 RECIPE = ("train.steps=6", "optimizer.lr=1e-3", "checkpoint.every=2", "checkpoint.keep=0", "validate.tiles=0")
 
-PATIENCE = 5.0
+PATIENCE = 8.0
 """Seconds that a collective operation is given, where that is tried."""
 
 
