@@ -25,8 +25,8 @@ def main(arguments: list[str]) -> int:
     if {"-h", "--help"} & set(arguments):
         print(USAGE + settings.help_text(Options))
         return 0
-    load_as(Config, [word for word in arguments if not is_plans(word)])  # pretrain has to take the same words and files
     options = load_as(Options, arguments)
+    load_as(Config, [word for word in arguments if not is_plans(word)])  # pretrain has to take the same words and files
     found = []
     for size in options.sizes:
         print(f"counting what {size} holds ...", file=sys.stderr, flush=True)  # seconds each

@@ -6,6 +6,7 @@ A store may take longer for it than a collective operation is given: meanwhile t
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -41,7 +42,7 @@ def handed_out(folder: Location, rank: int, workers: int, device: torch.device) 
     """
     with ExitStack() as held, ExitStack() as stack:
         reading = stack.enter_context(ThreadPoolExecutor(1)).submit(_read, folder, held) if rank == 0 else None
-        if workers > 1:
+        if workers > 1 and not isinstance(folder, Path):  # a directory that hangs is found by the first operation's limit
             _wait(reading, device)
         found, failed = Handed(None, {}, {}), None
         told: list[Any] = ["", None, {}, {}]

@@ -134,6 +134,7 @@ def test_a_gpu_whose_peak_is_not_known_gets_no_time() -> None:
          "room for 0.0 GB; give more plan.memory_gb, more train.workers, train.activation_checkpointing=true, "),
         (["train.workers=0"], "train.workers=[0]: must be at least 1"),
         (["size=atto"], "there is no key 'size'; did you mean model.size?"),
+        (["memory_gb=40"], "there is no key 'memory_gb'; did you mean plan.memory_gb?"),
     ],
 )  # fmt: skip
 def test_bad_values_are_answered_in_one_line(arguments: list[str], words: str) -> None:

@@ -67,9 +67,9 @@ def test_every_worker_has_the_tensors_and_the_store_is_asked_by_one(workers: int
     assert s3.counts()["bytes"] == sum(sizes)
 
 
-def test_reading_may_take_longer_than_a_collective_operation(tmp_path: Path) -> None:
-    commit(tmp_path, 1)
-    in_a_group(2, tmp_path, slowly, tmp_path, tmp_path, patience=PATIENCE)
+def test_reading_a_store_may_take_longer_than_a_collective_operation(store: UPath, tmp_path: Path) -> None:
+    commit(store, 1)
+    in_a_group(2, tmp_path, slowly, store, tmp_path, patience=PATIENCE)
     first, second = (torch.load(tmp_path / f"rank-{rank}", weights_only=True) for rank in (0, 1))
     assert same(first[0], tensors(1))
     assert same(second[0], tensors(1))
