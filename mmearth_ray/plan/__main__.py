@@ -4,7 +4,7 @@ import sys
 
 from mmearth_ray import settings
 from mmearth_ray.config import load_as
-from mmearth_ray.errors import run_command
+from mmearth_ray.errors import UsageError, run_command
 from mmearth_ray.keys import Config
 from mmearth_ray.plan.planned import Options, plan
 from mmearth_ray.plan.report import is_plans, report
@@ -26,7 +26,10 @@ def main(arguments: list[str]) -> int:
         print(USAGE + settings.help_text(Options))
         return 0
     options = load_as(Options, arguments)
-    load_as(Config, [word for word in arguments if not is_plans(word)])  # pretrain has to take the same words and files
+    try:
+        load_as(Config, [word for word in arguments if not is_plans(word)])
+    except UsageError as error:
+        raise UsageError(f"{error}; pretrain has to take the same files, so give plan.* as key=value") from error
     found = []
     for size in options.sizes:
         print(f"counting what {size} holds ...", file=sys.stderr, flush=True)  # seconds each

@@ -6,7 +6,6 @@ A store may take longer for it than a collective operation is given: meanwhile t
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, contextmanager
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -14,7 +13,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from mmearth_ray.errors import DataError
-from mmearth_ray.storage import Location
+from mmearth_ray.storage import Location, is_remote
 from mmearth_ray.train.checkpoint import State, load_state, newest, opened
 from mmearth_ray.train.tensors import Gathered, shape_only
 
@@ -42,7 +41,7 @@ def handed_out(folder: Location, rank: int, workers: int, device: torch.device) 
     """
     with ExitStack() as held, ExitStack() as stack:
         reading = stack.enter_context(ThreadPoolExecutor(1)).submit(_read, folder, held) if rank == 0 else None
-        if workers > 1 and not isinstance(folder, Path):  # a directory that hangs is found by the first operation's limit
+        if workers > 1 and is_remote(folder):  # a directory that hangs is found by the first operation's limit
             _wait(reading, device)
         found, failed = Handed(None, {}, {}), None
         told: list[Any] = ["", None, {}, {}]

@@ -142,3 +142,9 @@ def test_bad_values_are_answered_in_one_line(arguments: list[str], words: str) -
         main(arguments)
     assert words in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+def test_a_file_holds_only_what_pretrain_takes(tmp_path: Path) -> None:
+    (tmp_path / "a.yaml").write_text("plan:\n  memory_gb: 40\n")
+    with pytest.raises(UsageError, match=r"there is no key 'plan'.*; pretrain has to take the same files, so give plan\.\* as"):
+        main([str(tmp_path / "a.yaml")])
