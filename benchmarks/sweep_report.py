@@ -3,24 +3,19 @@
 Every file is complete or absent.  The HTML needs nothing beside itself, no network either.
 """
 
-import base64
-import io
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from html import escape
 from pathlib import Path
-
-from matplotlib.figure import Figure
 
 from benchmarks.sweep_figures import draw
 from benchmarks.sweep_point import Measurement
 from benchmarks.sweep_store import Record
 from mmearth_ray.errors import DataError
 from mmearth_ray.files import atomic_text, complete_or_absent
-from mmearth_ray.report.page import INK, SOFT, number
+from mmearth_ray.report.html import bullets, document, facts, heading, image, paragraph, png, row, table
+from mmearth_ray.report.page import number
 
-DPI = 160
 FACTS = ("device", "processor", "driver", "cuda", "instructions", "cores", "threads", "python", "torch", "numpy", "ray",
          "triton", "MinkowskiEngine", "commit", "date", "command")  # fmt: skip
 """What is told about the circumstances of records, in this order."""
@@ -83,13 +78,6 @@ def write_report(directory: Path, records: Sequence[Record]) -> Path:
     return path
 
 
-def png(figure: Figure) -> bytes:
-    """The figure as a PNG file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=DPI, metadata={"Software": None})
-    return buffer.getvalue()
-
-
 def gather(records: Sequence[Record]) -> dict[str, list[str]]:
     """{fact: its different values} of all records."""
     found = {name: [str(r.about[name]) for r in records if name in r.about] for name in FACTS}
@@ -115,21 +103,6 @@ def markdown(records: Sequence[Record], circumstances: Mapping[str, Sequence[str
 
 # ---- the HTML file ----
 
-STYLE = f"""
-body {{ font: 15px/1.5 system-ui, sans-serif; color: {INK}; max-width: 1240px; margin: 2em auto; padding: 0 1.2em; }}
-h1 {{ font-size: 1.6em; margin-bottom: 0.2em; }} h2 {{ font-size: 1.15em; margin-top: 2em; }}
-p, li, dd, dt {{ max-width: 62em; }} .soft, dt {{ color: {SOFT}; }}
-.wide {{ overflow-x: auto; }}
-table {{ border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; }}
-th, td {{ padding: 0.3em 0.7em; text-align: right; border-bottom: 1px solid #e5e5e5; white-space: nowrap; }}
-th {{ color: {SOFT}; font-weight: 600; vertical-align: bottom; white-space: normal; }}
-td:first-child, th:first-child {{ text-align: left; }}
-td.failed {{ color: #cc2a1e; text-align: left; white-space: normal; }}
-figure {{ display: inline-block; margin: 0 0 1em; width: 600px; max-width: 100%; }} img {{ width: 100%; }}
-dl {{ display: grid; grid-template-columns: max-content 1fr; gap: 0.2em 1.2em; font-size: 13px; }} dd {{ margin: 0; }}
-code {{ font-size: 12px; overflow-wrap: anywhere; }}
-"""
-
 
 def page(
     records: Sequence[Record], circumstances: Mapping[str, Sequence[str]], figures: Mapping[str, tuple[str, bytes]]
@@ -137,42 +110,17 @@ def page(
     """The whole report as one HTML document; figures are titles and PNG files."""
     finished = sum(record.result is not None for record in records)
     failed = f", {len(records) - finished} failed" if finished < len(records) else ""
-    parts = [
-        "<!doctype html>", '<html lang="en">', "<head>", '<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width">', "<title>mmearth-ray: sweep</title>",
-        f"<style>{STYLE}</style>", "</head>", "<body>", "<h1>What a training step costs</h1>",
-        f'<p class="soft">{finished} points measured{failed}, on {escape("; ".join(circumstances["device"]))}</p>',
-        *_table(records),
-        "<h2>Figures</h2>", *(_image(*figure) for figure in figures.values()),
-        "<h2>How to read it</h2>", "<ul>", *(f"<li>{escape(note)}</li>" for note in NOTES), "</ul>",
-        "<h2>Measured with</h2>", *_facts(circumstances),
-        "</body>", "</html>",
-    ]  # fmt: skip
-    return "\n".join(parts) + "\n"
-
-
-def _table(records: Sequence[Record]) -> list[str]:
     points = point_columns(records)
-    rows: list[str] = []
-    for record in records:
-        cells = [f"<td>{escape(cell(record))}</td>" for cell in points.values()]
-        if record.result:
-            cells += [f"<td>{escape(cell(record.result))}</td>" for cell in NUMBERS.values()]
-        else:
-            cells += [f'<td class="failed" colspan="{len(NUMBERS)}">failed: {escape(record.failure)}</td>']
-        rows.append(f"<tr>{''.join(cells)}</tr>")
-    head = "".join(f"<th>{escape(name)}</th>" for name in [*points, *NUMBERS])
-    return ['<div class="wide"><table>', f"<thead><tr>{head}</tr></thead>", "<tbody>", *rows, "</tbody>", "</table></div>"]
-
-
-def _image(title: str, content: bytes) -> str:
-    data = base64.b64encode(content).decode()
-    return f'<figure><img alt="{escape(title)}" src="data:image/png;base64,{data}"></figure>'
-
-
-def _facts(circumstances: Mapping[str, Sequence[str]]) -> list[str]:
-    cells: list[str] = []
-    for name, values in circumstances.items():
-        words = [f"<code>{escape(v)}</code>" if name == "command" else escape(v) for v in values]
-        cells.append(f"<dt>{escape(name)}</dt><dd>{'<br>'.join(words)}</dd>")
-    return ["<dl>", *cells, "</dl>"]
+    rows = [
+        row([*(cell(r) for cell in points.values()), *(cell(r.result) for cell in NUMBERS.values() if r.result)],
+            "" if r.result else r.failure, len(NUMBERS))
+        for r in records
+    ]  # fmt: skip
+    return document("mmearth-ray: sweep", [
+        heading("What a training step costs", 1),
+        paragraph(f"{finished} points measured{failed}, on {'; '.join(circumstances['device'])}", "soft"),
+        table([*points, *NUMBERS], rows),
+        heading("Figures"), *(image(*figure) for figure in figures.values()),
+        heading("How to read it"), bullets(NOTES),
+        heading("Measured with"), facts(circumstances),
+    ])  # fmt: skip

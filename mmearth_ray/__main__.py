@@ -10,6 +10,7 @@ COMMANDS = {
     "pretrain": ("mmearth_ray.pretrain", "pretrain an encoder"),
     "plan": ("mmearth_ray.plan.__main__", "what a run takes: memory by engine, micro-batch, steps and time"),
     "doctor": ("mmearth_ray.doctor.__main__", "check the machine or the cluster before a long run"),
+    "evaluate": ("mmearth_ray.evaluate.__main__", "what an encoder is worth: labelled data sets, probes, label efficiency"),
     "checkpoints": ("mmearth_ray.checkpoints.__main__", "weights in and out: published checkpoints, timm names, ONNX"),
     "shards": ("mmearth_ray.shards.__main__", "make, check and look at data sets: convert, synthesise, verify, inspect"),
 }

@@ -63,7 +63,8 @@ class Program:
 
     def overview(self) -> str:
         """Help for the whole: every subcommand, then the keys of each."""
-        parts = [self.meaning, *(f"  {name:<12}{command.meaning}" for name, command in self.commands.items())]
+        width = max(12, max(map(len, self.commands)) + 2)
+        parts = [self.meaning, *(f"  {name:<{width}}{command.meaning}" for name, command in self.commands.items())]
         return "\n".join([*parts, "", *("\n" + self.describe(name) for name in self.commands)])
 
     def describe(self, name: str) -> str:
