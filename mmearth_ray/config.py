@@ -11,7 +11,7 @@ from typing import TypeVar
 from mmearth_ray import settings
 from mmearth_ray.errors import UsageError
 from mmearth_ray.keys import Config, Model, Train
-from mmearth_ray.modalities import TABLE, Kind, Level, Modality, get
+from mmearth_ray.modalities import TABLE, Kind, Level, Modality, Role, get
 
 C = TypeVar("C", bound=Config)
 
@@ -70,12 +70,14 @@ def check(config: Config) -> None:
         raise UsageError("log.tensorboard=true needs a package: pip install 'mmearth-ray[tensorboard]'")
     input_of(config)
     normalised_targets(config)
+    _check_evaluation(config)
 
 
 def _check_directories(config: Config) -> None:
     if not config.run.directory:
         raise UsageError("run.directory= names no directory; give one, such as run.directory=runs/pretrain")
-    local = {"run.directory": config.run.directory, "data.cache": config.data.cache, "model.init": config.model.init}
+    local = {"run.directory": config.run.directory, "data.cache": config.data.cache, "model.init": config.model.init,
+             "eval.task": config.eval.task}  # fmt: skip
     for key, given in local.items():
         if "://" in given:
             instead = "; checkpoints may be in a store: checkpoint.directory=URL" if key == "run.directory" else ""
@@ -98,6 +100,15 @@ def _check_engine(config: Config) -> None:
         raise UsageError(f"train.offload=true needs train.engine=zero2 or zero3; it is {train.engine}")
     if train.offload and train.gpus is False:
         raise UsageError("train.offload=true is for GPUs: without them all is in the host's memory; set train.offload=false")
+
+
+def _check_evaluation(config: Config) -> None:
+    if config.eval.label and config.eval.task:
+        raise UsageError(f"eval.task={config.eval.task} has labels of its own, and eval.label={config.eval.label} is for "
+                         "held-out tiles; give one of them")  # fmt: skip
+    label_of(config)
+    if config.eval.every and not find_spec("sklearn"):
+        raise UsageError(f"eval.every={config.eval.every} needs a package: pip install scikit-learn")
 
 
 def _check_sets(config: Config) -> None:
@@ -226,6 +237,21 @@ def normalised_targets(config: Config) -> list[str]:
         if name not in chosen or chosen[name].level is not Level.PIXEL or chosen[name].kind is not Kind.CONTINUOUS:
             raise UsageError(f"model.normalise_targets: {name} is no continuous map among model.targets")
     return config.model.normalise_targets
+
+
+def label_of(config: Config, table: tuple[Modality, ...] = TABLE) -> Modality:
+    """What held-out tiles are told apart by.  Raises UsageError unless it is a modality of classes.
+
+    By default it is the first that an experiment may predict of which a whole tile has one class.
+    """
+    classes = [m for m in table if m.kind is Kind.CATEGORICAL]
+    if not config.eval.label:
+        return next(m for m in classes if m.level is Level.IMAGE and m.role is Role.TASK)
+    found = next((m for m in classes if m.name == config.eval.label), None)
+    if found is None:
+        names = ", ".join(m.name for m in classes)
+        raise UsageError(f"eval.label={config.eval.label} is no modality of classes; name one of {names}")
+    return found
 
 
 def _chosen(config: Config, name: str, where: str, table: tuple[Modality, ...]) -> Modality:

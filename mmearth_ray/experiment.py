@@ -143,7 +143,9 @@ def _anchored(config: Config) -> Config:
     kept = locate(config.checkpoint.directory, "checkpoint.directory") if config.checkpoint.directory else ""
     checkpoint = dataclasses.replace(config.checkpoint, directory=str(kept.resolve() if isinstance(kept, Path) else kept))
     data = dataclasses.replace(config.data, cache=cache)
-    return dataclasses.replace(config, run=run, model=model, data=data, checkpoint=checkpoint)
+    task = str(Path(config.eval.task).expanduser().resolve()) if config.eval.task else ""
+    evaluated = dataclasses.replace(config.eval, task=task)
+    return dataclasses.replace(config, run=run, model=model, data=data, checkpoint=checkpoint, eval=evaluated)
 
 
 def _digest(*arrays: np.ndarray) -> str:

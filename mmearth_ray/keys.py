@@ -140,6 +140,18 @@ class Validate:
 
 
 @dataclass(frozen=True)
+class Eval:
+    every: int = key(0, "steps between evaluations of the encoder, frozen, on labelled images, by a process beside training; "
+                     "0: none", at_least=0)  # fmt: skip
+    label: str = key("", "what held-out tiles are told apart by, a modality of classes; empty: the first of whole tiles")
+    task: str = key("", "folder of a labelled data set (`python -m mmearth_ray.evaluate convert-...`) to evaluate on; empty: "
+                    "the held-out tiles of data.validate_where")  # fmt: skip
+    tiles: int = key(512, "labelled images used, at most: half to fit, half to test", at_least=8)
+    threads: int = key(1, "threads of the process that evaluates", at_least=1)
+    wait: float = key(600.0, "seconds that an evaluation may take, and that the end of a run waits for the last", above=0)
+
+
+@dataclass(frozen=True)
 class Figure:
     every: int = key(0, "steps between reconstruction figures; 0: at the end only", at_least=0)
     tiles: int = key(2, "tiles shown; 0 draws no figure", at_least=0, at_most=4)
@@ -177,6 +189,7 @@ class Config:
     train: Train = section(Train)
     checkpoint: Checkpoint = section(Checkpoint)
     validate: Validate = section(Validate)
+    eval: Eval = section(Eval)
     figure: Figure = section(Figure)
     log: Log = section(Log)
     run: Run = section(Run)

@@ -23,6 +23,7 @@ from mmearth_ray.patience import take_noted
 from mmearth_ray.progress import counted
 from mmearth_ray.storage import Location, is_remote, locate
 from mmearth_ray.train import checkpoint
+from mmearth_ray.train.evaluating import check_evaluation
 from mmearth_ray.train.initial import check_initial
 from mmearth_ray.train.outputs import outputs_are_of
 from mmearth_ray.train.ownership import RUN, check_owner, claim, run_id
@@ -64,10 +65,13 @@ def main(arguments: list[str]) -> int:
     else:
         check_initial(experiment)
     with locked(experiment.run):
+        evaluated = check_evaluation(experiment)
         from mmearth_ray.train.launch import launch, start_ray  # Ray takes seconds to import; errors above need not wait
 
         start_ray(experiment.config)
         describe(experiment, run)
+        if evaluated:
+            print(f"  {evaluated}")
         if found:
             print(f"resuming {experiment.run} after {found.name}")
         claimed = replace(experiment, claim=claim(folder, run, str(experiment.run)))

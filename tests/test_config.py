@@ -12,6 +12,7 @@ from mmearth_ray.config import (
     FREE_ON_RESUME,
     divisors,
     input_of,
+    label_of,
     learning_rate_of,
     load,
     micro_batch_of,
@@ -25,7 +26,7 @@ from mmearth_ray.config import (
 )
 from mmearth_ray.errors import UsageError
 from mmearth_ray.keys import Config
-from mmearth_ray.modalities import Missing, tasks
+from mmearth_ray.modalities import TABLE, Kind, Level, Missing, tasks
 from mmearth_ray.model.encoder import BACKENDS, PATCH_SIZES, SIZES, STEMS
 from mmearth_ray.model.layers import SCOPES
 from mmearth_ray.model.mpmae import WIDE
@@ -233,7 +234,25 @@ def test_what_is_fixed_on_resume_names_settings_that_exist() -> None:
     assert all(name.startswith(FIXED_ON_RESUME) for name in FREE_ON_RESUME)
     free = {name for name in names if not name.startswith(FIXED_ON_RESUME)}
     assert free >= {"train.workers", "train.micro_batch", "train.engine", "train.stop_at", "train.ledger", "data.shards",
-                    "data.read_ahead", "run.directory", "run.address", "checkpoint.every"}  # fmt: skip
+                    "data.read_ahead", "run.directory", "run.address", "checkpoint.every", "eval.every", "eval.label",
+                    "eval.task", "eval.tiles", "eval.threads", "eval.wait"}  # fmt: skip
+
+
+def test_held_out_tiles_are_told_apart_by_a_modality_of_classes() -> None:
+    assert label_of(load([])) == next(m for m in tasks() if (m.level, m.kind) == (Level.IMAGE, Kind.CATEGORICAL))
+    for modality in (m for m in TABLE if m.kind is Kind.CATEGORICAL):
+        assert label_of(load([f"eval.label={modality.name}"])) == modality
+    for name in ("aster", "sentinel2_cloudmask", "nonsense"):
+        said = error_of(f"eval.label={name}")
+        assert said.startswith(f"eval.label={name} is no modality of classes; name one of dynamic_world, biome, eco_region")
+    assert "give one of them" in error_of("eval.label=biome", "eval.task=data/eurosat")
+    assert error_of("eval.tiles=4") == "eval.tiles=4: must be at least 8"
+
+
+def test_evaluations_need_scikit_learn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("mmearth_ray.config.find_spec", lambda name: name != "sklearn")
+    assert load([]).eval.every == 0
+    assert error_of("eval.every=10") == "eval.every=10 needs a package: pip install scikit-learn"
 
 
 def test_the_choices_offered_are_those_the_model_has() -> None:
@@ -247,7 +266,7 @@ def test_the_choices_offered_are_those_the_model_has() -> None:
     assert choices["model.init_scheme"] == tuple(WIDE)
 
 
-@pytest.mark.parametrize("key", ["run.directory", "data.cache", "model.init"])
+@pytest.mark.parametrize("key", ["run.directory", "data.cache", "model.init", "eval.task"])
 def test_a_url_where_a_path_belongs_is_refused(key: str) -> None:
     with pytest.raises(UsageError, match=rf"^{re.escape(key)}=s3://b/r is a URL, and this one has to be a path on a disk"):
         load([f"{key}=s3://b/r"])

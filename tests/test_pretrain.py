@@ -206,3 +206,15 @@ def test_a_job_does_not_write_into_a_copy_that_ray_throws_away(
     with pytest.raises(UsageError, match=rf"{key}=runs/a is relative to a copy of the working directory"):
         main([f"run.directory={tmp_path}", f"{key}=runs/a"])
     assert list(copy.iterdir()) == []
+
+
+def test_nothing_to_evaluate_on_is_said_before_anything_starts(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = make_data_set(tmp_path / "data").directory
+    given = [f"data.shards={data}", f"run.directory={tmp_path / 'run'}", "eval.every=5"]
+    code, error = answer(capsys, *given)
+    assert code == 2
+    assert error.startswith("error: eval.every=5: no tile is held out (data.validate_where=")
+    code, error = answer(capsys, *given, f"eval.task={tmp_path / 'nowhere'}")
+    assert code == 1
+    assert f"{tmp_path / 'nowhere'} is no labelled data set" in error
+    assert not (tmp_path / "run" / "config.yaml").exists()

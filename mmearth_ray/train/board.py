@@ -153,7 +153,7 @@ class Watch:
         self.line = ProgressLine()
         self.closing = threading.Event()
         self.thread = threading.Thread(target=self._keep_up, daemon=True)
-        self.changing, self.step, self.fatal, self.warned = False, 0, "", 0
+        self.changing, self.shown, self.fatal, self.warned = False, (0, False), "", 0
 
     def __enter__(self) -> "Watch":
         self.thread.start()
@@ -181,24 +181,27 @@ class Watch:
             for text in warnings:
                 self.line.close()
                 print(f"warning: {text}", file=sys.stderr, flush=True)
-            if progress and progress["step"] != self.step:
+            new = (progress.get("step", 0), "evaluation" in progress)  # the last step's comes again with its evaluation
+            if new != self.shown:
                 if started is None:
                     started = (time.monotonic(), progress["step"])
-                self.step = progress["step"]
-                told = last or "validation" in progress or self.step == self.last_step
+                self.shown = new
+                told = last or bool({"validation", "evaluation"} & progress.keys()) or progress["step"] == self.last_step
                 self.line.show(progress_text(progress, self.last_step, started), force=told)
             if last:
                 return
 
 
 def progress_text(progress: dict[str, Any], steps: int, started: tuple[float, int]) -> str:
-    """The live line: step, loss, held-out loss where it is new, tiles per second, share of the time spent waiting for data,
-    time left."""
+    """The live line: step, loss, held-out loss and kNN score where they are new, tiles per second, share of the time spent
+    waiting for data, time left."""
     since, first = started
     trained, rate = progress["step"] - first, progress["tiles_per_second"]
     parts = [f"step {progress['step']:,}/{steps:,}", f"loss {_shown(progress['loss'])}"]
     if "validation" in progress:
         parts.append(f"held out {_shown(progress['validation']['loss'])}")
+    if (score := progress.get("evaluation", {}).get("knn")) is not None:
+        parts.append(f"kNN {score:.3f}")
     parts += [f"{rate:,.{0 if rate >= 10 else 1}f} tiles/s", f"data wait {progress['data_wait']:.0%}"]
     if trained and progress["step"] < steps:
         parts.append(f"{duration((time.monotonic() - since) / trained * (steps - progress['step']))} left")

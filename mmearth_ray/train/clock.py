@@ -10,13 +10,15 @@ from typing import Any, Literal, cast, get_args
 
 import torch
 
-Stage = Literal["data_wait", "to_device", "forward", "backward", "optimizer", "checkpoint", "validation", "figure", "rest"]
+Stage = Literal["data_wait", "to_device", "forward", "backward", "optimizer", "checkpoint", "validation", "evaluation",
+                "figure", "rest"]  # fmt: skip
 
 STAGES: tuple[Stage, ...] = get_args(Stage)
-"""`data_wait`: for the next batches.  `backward`: with the sums over workers that run beside it.  `rest`: agreeing on counts,
-which waits for the slowest worker, fetching and writing metrics, and whatever else there is."""
+"""`data_wait`: for the next batches.  `backward`: with the sums over workers that run beside it.  `evaluation`: handing the
+encoder over to the process that evaluates it.  `rest`: agreeing on counts, which waits for the slowest worker, fetching and
+writing metrics, and whatever else there is."""
 
-ASIDE: tuple[Stage, ...] = ("checkpoint", "validation", "figure")
+ASIDE: tuple[Stage, ...] = ("checkpoint", "validation", "evaluation", "figure")
 """Stages between two steps that are no part of the speed of training.  They are in the times of the step that follows."""
 
 

@@ -10,17 +10,36 @@ from typing import Any
 METRICS = "metrics.jsonl"
 LEDGER = "ledger"
 
+LONGEST = 1 << 20
+"""Bytes of a line, at most, where the last one is looked for."""
+
 
 class Journal:
     """Appends one JSON object per line; `flush` makes what was written safe before a checkpoint relies on it."""
 
     def __init__(self, path: Path) -> None:
+        self.path = path
         path.parent.mkdir(parents=True, exist_ok=True)
         self.file = path.open("a", encoding="utf-8")
 
     def write(self, entry: dict[str, Any]) -> None:
         self.file.write(json.dumps(entry) + "\n")
         self.file.flush()
+
+    def amend(self, more: dict[str, Any]) -> dict[str, Any] | None:
+        """Add to the last line what it does not hold yet, and return it; None, and no change, if there is no such line.
+
+        The line's bytes stay and more follow, so that there is no moment without it.
+        """
+        with self.path.open("rb+") as file:
+            file.seek(-min(LONGEST, file.seek(0, os.SEEK_END)), os.SEEK_END)
+            last = file.read().splitlines(keepends=True)[-1:]
+            entry = _entry(last[0].decode()) if last else None
+            if entry is None or more.keys() & entry.keys():
+                return None
+            file.seek(-len(last[0]), os.SEEK_END)
+            file.write((json.dumps(entry | more) + "\n").encode())
+            return entry | more
 
     def flush(self) -> None:
         os.fsync(self.file.fileno())

@@ -6,11 +6,11 @@ global batch holds, run forward and backward on each micro-batch, update, write 
 
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, ExitStack
+from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -25,8 +25,10 @@ from mmearth_ray.stream.source import Source
 from mmearth_ray.train import checkpoint
 from mmearth_ray.train.checkpoint import State
 from mmearth_ray.train.clock import Clock
+from mmearth_ray.train.control import Control
 from mmearth_ray.train.engine import Engine, first_said, send, to_device
 from mmearth_ray.train.engines import build_engine
+from mmearth_ray.train.evaluating import Evaluating
 from mmearth_ray.train.handing import handed_out
 from mmearth_ray.train.initial import load_initial
 from mmearth_ray.train.journal import Journal, cut_back, ledger_path
@@ -35,7 +37,7 @@ from mmearth_ray.train.outputs import clear_half_written, draw_reconstructions, 
 from mmearth_ray.train.ownership import require_claim
 from mmearth_ray.train.parts import Team, fill
 from mmearth_ray.train.peak import Utilisation, peak_of
-from mmearth_ray.train.saver import Saver
+from mmearth_ray.train.saver import Kept, Saver
 from mmearth_ray.train.schedule import learning_rate
 from mmearth_ray.train.trackers import Metrics, remember_run
 from mmearth_ray.train.window import Found, Sums, Window, fetch
@@ -52,24 +54,6 @@ class Worker:
     workers: int
     device: torch.device
     threads: int
-
-
-class Control(Protocol):
-    """The line to whoever started the run."""
-
-    def tell(self, progress: dict[str, Any]) -> None:
-        """Show the latest progress.  Called by rank 0 whenever metrics were fetched; must not block."""
-
-    def should_stop(self) -> bool:
-        """Whether to save and end when metrics are fetched next.  Only rank 0's answer counts."""
-        ...
-
-    def waiting(self) -> AbstractContextManager[None]:
-        """A stretch in which data are waited for, and nothing is heard.  Entered and left at every step; must not block."""
-        ...
-
-    def warn(self, text: str) -> None:
-        """Show a line that must not be missed.  Called in any thread of rank 0; must not block."""
 
 
 OpenStream = Callable[[Source, MicroBatches], Iterator[Batch]]
@@ -95,7 +79,8 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
         saver = files.enter_context(Saver(experiment, guard, team, done))
         metrics = files.enter_context(Metrics(experiment, done, control.warn)) if worker.rank == 0 else None
         ledger = files.enter_context(Journal(ledger_path(experiment.run, worker.rank))) if config.train.ledger else None
-        journals = [journal for journal in (metrics, ledger) if journal]
+        evaluating = files.enter_context(Evaluating(experiment, engine, team, done, control))
+        journals = [journal for journal in (metrics, ledger, evaluating) if journal]
         stream = open_stream(experiment.source, ranges) if len(ranges) else iter(())
         clock, use = Clock.of(worker.device), _utilisation(experiment, worker)
         window, engine.forwarded = Window(clock), partial(clock.enter, "backward")
@@ -117,6 +102,7 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
                 clock.enter("validation")
                 entries[-1]["validation"] = validate(experiment, engine, worker, experiment.held_out)
                 clock.enter("rest")
+            evaluating.look(step, entries, clock)
             if metrics:
                 for entry in entries:
                     metrics.write(entry)
@@ -124,14 +110,13 @@ def run(experiment: Experiment, worker: Worker, open_stream: OpenStream, control
             last = stop or step == experiment.last_step
             _save(saver, step, clock, journals, due=last or step % config.checkpoint.every == 0)
             if config.figure.every and step % config.figure.every == 0 and not last:
-                clock.enter("figure")
-                _draw(experiment, engine, worker, step, metrics)
-                clock.enter("rest")
+                _draw(experiment, engine, worker, step, metrics, clock)
             if stop:
                 break
             window = Window(clock)
         saver.settle(wait=True)
-        _draw(experiment, engine, worker, saver.saved, metrics)
+        _draw(experiment, engine, worker, saver.saved, metrics, clock)
+        evaluating.finish(metrics)
     if worker.rank == 0:
         _export(experiment, saver.saved)
 
@@ -143,7 +128,7 @@ def _is_due(experiment: Experiment, step: int, device: torch.device) -> bool:
     """Whether the metrics leave the device after this step: every few steps, and whenever they are needed."""
     config = experiment.config
     every = config.train.fetch_every or FETCH_EVERY[device.type]
-    intervals = (every, config.checkpoint.every, config.validate.every, config.figure.every)
+    intervals = (every, config.checkpoint.every, config.validate.every, config.figure.every, config.eval.every)
     return step in (experiment.last_step, experiment.steps) or any(n and step % n == 0 for n in intervals)
 
 
@@ -258,7 +243,7 @@ def _take_back(experiment: Experiment, worker: Worker, done: int) -> None:
     _barrier()
 
 
-def _save(saver: Saver, step: int, clock: Clock, journals: Sequence[Metrics | Journal], *, due: bool) -> None:
+def _save(saver: Saver, step: int, clock: Clock, journals: Sequence[Kept], *, due: bool) -> None:
     """Commit the checkpoint that is on its way, if it has arrived, and begin this step's where it is due."""
     if due or saver.begun:
         clock.enter("checkpoint")
@@ -268,16 +253,18 @@ def _save(saver: Saver, step: int, clock: Clock, journals: Sequence[Metrics | Jo
         clock.enter("rest")
 
 
-def _draw(experiment: Experiment, engine: Engine, worker: Worker, step: int, metrics: Metrics | None) -> None:
+def _draw(experiment: Experiment, engine: Engine, worker: Worker, step: int, metrics: Metrics | None, clock: Clock) -> None:
     """Draw what the model makes of the first held-out (or training) tiles.  All workers compute it, rank 0 keeps it."""
     if not experiment.config.figure.tiles:
         return
+    clock.enter("figure")
     source = experiment.held_out or replace(experiment.source, turns=())
     batch = next(source.batches([(0, min(experiment.config.figure.tiles, source.samples))]))
     note(int(batch["faults"].sum()))
     shown = engine.reconstruct(to_device(batch, engine.device))
     if metrics:
         metrics.figure(draw_reconstructions(experiment, batch, shown, step), step)
+    clock.enter("rest")
 
 
 def _export(experiment: Experiment, step: int) -> None:

@@ -3,22 +3,27 @@
 import time
 from collections.abc import Sequence
 from functools import partial
-from typing import Self
+from typing import Protocol, Self
 
 import torch
 
 from mmearth_ray.experiment import Experiment, fixed_settings, versions
 from mmearth_ray.train.checkpoint import State, directory_of
 from mmearth_ray.train.commit import Begun, Keeping, begin
-from mmearth_ray.train.journal import Journal
 from mmearth_ray.train.nonfinite import Guard
 from mmearth_ray.train.outputs import description_of
 from mmearth_ray.train.ownership import require_claim
 from mmearth_ray.train.parts import Team
-from mmearth_ray.train.trackers import Metrics
 
 LOOK_SECONDS = 0.2
 """Between two looks at whether all files have arrived, where nothing else is to be done."""
+
+
+class Kept(Protocol):
+    """What a run writes beside its checkpoints, and needs when it goes on from one."""
+
+    def flush(self) -> None:
+        """Make safe what was written, before a checkpoint relies on it."""
 
 
 class Saver:
@@ -33,7 +38,7 @@ class Saver:
         self.keeping = Keeping(kept.keep, kept.keep_every, team, partial(require_claim, experiment), mark)
         self.begun: tuple[int, Begun] | None = None
 
-    def begin(self, step: int, journals: Sequence[Metrics | Journal]) -> None:
+    def begin(self, step: int, journals: Sequence[Kept]) -> None:
         """Make the journals safe on every worker, then write or begin to upload the checkpoint of a step."""
         self.settle(wait=True)
         for journal in journals:

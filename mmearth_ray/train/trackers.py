@@ -71,6 +71,13 @@ class Metrics:
         for feed in self.feeds:
             feed.put(partial(feed.log, entry))
 
+    def amend(self, more: dict[str, Any]) -> dict[str, Any] | None:
+        """Add to the last line; see `Journal.amend`."""
+        if line := self.journal.amend(more):
+            for feed in self.feeds:
+                feed.put(partial(feed.log, {"step": line["step"], **more}))
+        return line
+
     def figure(self, path: Path, step: int) -> None:
         """A figure that was drawn after the last line."""
         for feed in self.feeds:

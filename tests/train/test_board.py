@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from mmearth_ray.train.board import Board
+from mmearth_ray.train.board import Board, progress_text
 
 
 def test_warnings_are_handed_on_once_though_an_answer_is_lost() -> None:
@@ -17,6 +17,13 @@ def test_warnings_are_handed_on_once_though_an_answer_is_lost() -> None:
     assert board.look(True, 3) == ({"step": 1}, "", [])
     assert board.exchange({"step": 2}, ["d"], 3) is True
     assert board.look(False, 3) == ({"step": 2}, "", ["d"])
+
+
+def test_a_score_is_shown_where_it_is_new() -> None:
+    progress = {"step": 3, "loss": 1.5, "tiles_per_second": 12.0, "data_wait": 0.0}
+    assert "kNN" not in progress_text(progress, 3, (0.0, 1))
+    for told, shown in (({"knn": 0.625}, "loss 1.5000  kNN 0.625"), ({"failed": "a hang"}, "loss 1.5000  12 tiles/s")):
+        assert shown in progress_text({**progress, "evaluation": told}, 3, (0.0, 1))
 
 
 def test_the_first_final_error_stays() -> None:

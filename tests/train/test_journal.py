@@ -77,3 +77,28 @@ def test_every_line_is_parsed_once(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     monkeypatch.setattr(json, "loads", lambda text: parsed.append(text) or loads(text))
     assert [entry["step"] for entry in lines(tmp_path / METRICS, 2, 4)] == [2, 3, 4]
     assert len(parsed) == 5
+
+
+@pytest.mark.parametrize("count", [1, 3, 40_000])
+def test_more_is_added_to_the_last_line_alone(count: int, tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    with Journal(path) as journal:
+        for step in range(1, count + 1):
+            journal.write({"step": step, "loss": 0.5, "name": "ö"})
+        before = path.read_bytes()
+        assert journal.amend({"evaluation": {"knn": 0.25}}) == {
+            "step": count, "loss": 0.5, "name": "ö", "evaluation": {"knn": 0.25},
+        }  # fmt: skip
+        assert journal.amend({"evaluation": {"knn": 0.75}}) is None  # it has one
+        assert path.read_bytes() == before[:-2] + b', "evaluation": {"knn": 0.25}}\n'
+        journal.write({"step": count + 1})
+    assert steps_in(path) == list(range(1, count + 2))
+
+
+@pytest.mark.parametrize("tail", ["", '{"step": 4, "ids": ["a"', "\n"])
+def test_nothing_is_added_where_there_is_no_last_line(tail: str, tmp_path: Path) -> None:
+    path = tmp_path / METRICS
+    with Journal(path) as journal:
+        path.write_text(tail)
+        assert journal.amend({"evaluation": {}}) is None
+    assert path.read_text() == tail
