@@ -8,13 +8,14 @@ from dataclasses import asdict, dataclass
 import numpy as np
 
 LEAST_RANK = 2.0
-"""Effective rank below which features vary along one direction at most; random and trained encoders have 25 and more."""
+"""Effective rank below which features vary along one direction at most.  Encoders that do well are far from all three limits:
+measured on 202 tiles of EuroSAT, atto and nano with random weights and atto in the middle of its pretraining have 26 to 54."""
 
 LEAST_STD = 1e-4
-"""Deviation below which features do not vary between images; random and trained encoders have 0.3 and more."""
+"""Deviation below which features do not vary between images; those encoders have 0.3 to 0.6."""
 
 MOST_COSINE = 0.999
-"""Mean cosine above which all images look alike; random and trained encoders have 0.1 to 0.5."""
+"""Mean cosine above which all images look alike; those encoders have 0.17 to 0.46."""
 
 ENOUGH = 16
 """Images from which on the effective rank tells something: that of N images is at most N - 1, whatever the encoder."""
