@@ -79,12 +79,14 @@ class Background:
             return self.outcomes.pop(0) if self.outcomes else None
 
     def finish(self, seconds: float, stop: Callable[[], bool]) -> None:
-        """Wait until all is done, or so many seconds, after which what is left is given up.
+        """Wait until all is done, so many seconds for each at most, after which what is left is given up.
 
         Once `stop` says so nothing is waited for; what is left stays for the next start.
         """
-        deadline = time.monotonic() + seconds
+        deadline, waited_for = time.monotonic() + seconds, self.running
         while self._is_busy() and not stop():
+            if self.running and self.running is not waited_for:  # each has the whole time
+                deadline, waited_for = time.monotonic() + seconds, self.running
             if time.monotonic() >= deadline:
                 self.close()
                 for request in filter(None, (self.running, *self.waiting)):

@@ -39,11 +39,14 @@ class Resamples:
 
     def __init__(self, images: int, resamples: int, seed: int = 0) -> None:
         rng = np.random.default_rng([seed, STREAM])
+        self.images = images
         draws = (np.bincount(rng.integers(0, images, images), minlength=images) for _ in range(resamples))
         self.counts_Rn = np.array([np.minimum(draw, 255) for draw in draws], np.uint8).reshape(resamples, images)
 
     def values(self, outcome: Outcome) -> np.ndarray:
-        """The primary metric (R,) in every resample."""
+        """The primary metric (R,) in every resample; NaN of a single image, which says nothing about others."""
+        if self.images < 2:
+            return np.full(len(self.counts_Rn), np.nan)
         blocks = [self.counts_Rn[start : start + BLOCK] for start in range(0, len(self.counts_Rn), BLOCK)]
         found = [outcome.from_sums(block.astype(np.float64) @ outcome.sums) for block in blocks]
         return np.concatenate(found) if found else np.zeros(0)
@@ -74,12 +77,11 @@ def mean_of(found: Mapping[int, Scored], bounds: tuple[float, float]) -> Estimat
     return estimate([s.score for s in found.values()], [s.values for s in found.values()], bounds) if found else None
 
 
-def difference(first: Mapping[int, Scored], second: Mapping[int, Scored], *, all_labels: bool) -> Estimate | None:
+def difference(first: Mapping[int, Scored], second: Mapping[int, Scored], *, alone: bool) -> Estimate | None:
     """First minus second, {seed: score} each, paired by seed and by resample; None where no seed has both.
 
-    With all labels, what does not depend on the seed has one score, which is paired with every seed of the other.
+    `alone`: one of them does not depend on the seed, and its one score is paired with every seed of the other.
     """
-    alone = all_labels and min(len(first), len(second)) == 1
     pairs = [(a, b) for seed, a in first.items() for other, b in second.items() if seed == other or alone]
     if not pairs:
         return None

@@ -83,13 +83,15 @@ def contenders_of(
             continue
         key = structure_of(subject, normalisation)
         if key not in baselines:
-            baselines[key] = _baselines(subject, protocols, seeds, taken, supervised=supervised)
+            plain_twin = replace(subject, statistics=None) if normalisation == "dataset" else subject
+            baselines[key] = _baselines(plain_twin, protocols, seeds, taken, supervised=supervised)
             taken += [contender.name for contender in baselines[key]]
         own = {protocol: contender.name for contender in baselines[key] for protocol in contender.protocols}
         found.append(Contender(subject.name, Role.ENCODER, (subject,), tuple(protocols), own))
     plain = tuple(dict.fromkeys([*(p for p in protocols if p in PLAIN), "logistic"]))
     found += [contender for group in baselines.values() for contender in group]
-    name = statistics.name if any(subject.kind == "statistics" for subject in subjects) else STATISTICS
+    given = any(subject.kind == "statistics" for subject in subjects)
+    name = statistics.name if given else f"{STATISTICS} (baseline)" if STATISTICS in taken else STATISTICS
     return [*found, Contender(name, Role.STATISTICS, (statistics,), plain, {})]
 
 

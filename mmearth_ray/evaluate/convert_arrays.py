@@ -92,6 +92,11 @@ def _read(place: Path) -> dict[str, np.ndarray]:
             raise DataError(
                 f"{place}: '{name}' has shape {arrays[name].shape}; one entry for each of the {rows} labels is needed"
             )
+    for name, most in (("lat", 90), ("lon", 180)):
+        if name in arrays:
+            values = arrays[name]
+            if values.shape != (rows,) or values.dtype.kind not in "fiu" or (np.abs(values[np.isfinite(values)]) > most).any():
+                raise DataError(f"{place}: '{name}' must hold a number of degrees from -{most} to {most} for each image")
     return arrays
 
 
@@ -114,6 +119,8 @@ def _images(arrays: dict[str, np.ndarray], place: Path, options: ArraysOptions) 
     if options.cirrus and "s2_b10" in arrays and "B10" not in names:
         if arrays["s2_b10"].shape != arrays["s2"][:, 0].shape:
             raise DataError(f"{place}: 's2_b10' has shape {arrays['s2_b10'].shape}, not {arrays['s2'][:, 0].shape}")
+        if arrays["s2_b10"].dtype != images_NCHW.dtype:
+            raise DataError(f"{place}: 's2_b10' is {arrays['s2_b10'].dtype}, 's2' is {images_NCHW.dtype}; use one type")
         images_NCHW = np.concatenate([images_NCHW, arrays["s2_b10"][:, None].astype(images_NCHW.dtype)], axis=1)
         bands.append("B10")
     left = [name for name in (*names, *(["B10"] if "s2_b10" in arrays else [])) if name not in bands]

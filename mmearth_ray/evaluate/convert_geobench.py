@@ -60,6 +60,8 @@ def convert(place: Path, out: Path, options: GeobenchOptions) -> TaskInfo:
     pickles anything but what published sets hold.
     """
     require_place(out)
+    if options.as_published and options.others:
+        raise UsageError("as_published=true feeds the bands that the published evaluation reads, so others=true has no meaning")
     if options.name and not published_set(options.name).names:
         raise UsageError(f"name={options.name}: no published set of that name is known; leave it out, or write m-eurosat")
     described = _describe(place)

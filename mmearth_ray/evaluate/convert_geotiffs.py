@@ -119,6 +119,9 @@ def _read(path: Path) -> _Raster:
     try:
         with _quiet(), rasterio.open(path, driver="GTiff") as file:
             pixels = file.read()
+            if any(scale != 1 for scale in file.scales) or any(file.offsets):
+                raise DataError(f"{path} says that its values have scales {file.scales} and offsets {file.offsets}; write them "
+                                "as plain numbers, without those tags")  # fmt: skip
             descriptions, missing = tuple(file.descriptions), file.nodata
             longitude, latitude = file.lnglat() if file.crs else (np.nan, np.nan)
     except (OSError, ValueError, rasterio.errors.RasterioError) as error:

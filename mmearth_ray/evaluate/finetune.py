@@ -104,7 +104,7 @@ def _tuning(
     encoder = build(subject)
     outputs = task.info.outputs
     if task.info.goal is Goal.SEGMENTATION:
-        model = UNet(encoder, len(subject.bands), subject.patch, outputs, generator)
+        model = UNet(encoder, len(subject.bands), subject.patch, outputs, generator, plan.head_std)
     else:
         model = Classifier(encoder, subject.width, outputs, plan.head_std, generator)
     if plan.drop_path and not frozen:

@@ -6,6 +6,7 @@ all.  The process is of low priority from its first moment on, and ends when the
 
 import json
 import os
+import signal
 import sys
 import threading
 import time
@@ -32,6 +33,8 @@ def end_with(parent: int) -> None:
 def main(arguments: list[str]) -> int:
     """Judge what a folder asks for.  Returns the exit code."""
     folder, parent = Path(arguments[0]), int(arguments[1])
+    for number in (signal.SIGTERM, signal.SIGINT):  # of a group that is ended as a whole: the next start wants the request
+        signal.signal(number, signal.SIG_IGN)
     threading.Thread(target=end_with, args=(parent,), daemon=True).start()
     os.nice(NICE)
     from mmearth_ray.evaluate.verdict import verdict_on  # PyTorch takes seconds to import: as quietly as all the rest

@@ -55,6 +55,9 @@ def read_table(path: Path) -> LabelTable:
         if not row.get("file") or "label" not in row:
             raise DataError(f"{path}, line {line}: no {'label' if row.get('file') else 'file'} is given")
     has_folds = "fold" in columns
+    if has_folds and (both := next((line for line, row in rows if row.get("split")), None)) is not None:
+        raise DataError(f"{path}, line {both}: a split is given beside a fold; with folds every image is tested in its turn: "
+                        "leave one of the two columns out")  # fmt: skip
     return LabelTable(
         path=path,
         lines=[line for line, _ in rows],

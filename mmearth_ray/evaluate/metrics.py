@@ -48,7 +48,7 @@ class Outcome:
                 found = "nothing" if values is None else np.shape(values)
                 raise ValueError(f"{part} of a {self.goal} outcome must be {wanted}; got {found}")
             object.__setattr__(self, part, np.asarray(values))
-            wrong = ~np.isfinite(getattr(self, part)).reshape(n, -1).all(axis=1)
+            wrong = ~np.isfinite(getattr(self, part)).reshape(n, int(np.prod(wanted[1:]))).all(axis=1)
             if wrong.any():
                 raise DataError(f"the {part} of image '{self.ids[wrong.argmax()]}' of the test split is not a finite number")
         object.__setattr__(self, "ids", np.asarray(self.ids, dtype=str))
@@ -99,7 +99,7 @@ class Outcome:
         return float(self.from_sums(sums_nS.sum(axis=0, keepdims=True))[0])
 
     def metrics(self, rows: np.ndarray | None = None) -> dict[str, float]:
-        """All metrics of the goal; see `primary` for `rows`.
+        """All metrics of the goal, the primary one first; see `primary` for `rows`.
 
         SINGLE and SEGMENTATION (of pixels): accuracy, macro_f1, micro_f1 (the same number as accuracy, as each has one class),
         and of SEGMENTATION miou.  Means over classes go over those that occur in truth or prediction.  MULTI: micro_f1,
@@ -109,7 +109,7 @@ class Outcome:
         chosen = np.arange(len(self)) if rows is None else np.asarray(rows)
         if self.goal is Goal.SEGMENTATION:
             matrix = _array(self.confusion)[chosen].sum(axis=0, dtype=np.int64)
-            return {**_of_confusion(matrix), "miou": self.primary(rows)}
+            return {"miou": self.primary(rows), **_of_confusion(matrix)}
         truth, prediction = _array(self.truth)[chosen], _array(self.prediction)[chosen]
         if self.goal is Goal.SINGLE:
             return _of_confusion(confusion_of(truth, prediction, self.classes))

@@ -68,7 +68,12 @@ def seconds_of(summary: Summary) -> Callable[[Contender], float | None]:
 
 
 def seconds_label(summary: Summary) -> str:
-    clocks = {str(r.machine.get("clock", "cpu")) for cell in summary.cells.values() for r in cell.results.values()} - {""}
+    clocks = {
+        str(r.machine.get("clock", "cpu"))
+        for cell in summary.cells.values()
+        for r in cell.results.values()
+        if r.seconds_features is not None
+    }
     return f"{' or '.join(sorted(c.upper() for c in clocks)) or 'CPU'}-seconds of one image's features"
 
 

@@ -9,7 +9,7 @@ from mmearth_ray.errors import UsageError
 from mmearth_ray.evaluate.contenders import Contender
 from mmearth_ray.evaluate.points import Point
 from mmearth_ray.evaluate.protocols import PROTOCOLS
-from mmearth_ray.evaluate.task import Task, load_task
+from mmearth_ray.evaluate.task import Task, identity_of, load_task
 
 FIXED = ("normalisation", "recipe", "steps", "k", "bootstrap")
 """Settings that decide a score, beside the data set."""
@@ -38,7 +38,7 @@ def plan(
 
 def fixed_of(options: Any, task: Task) -> dict[str, Any]:
     """What decides the score of every point of a command: the data set, and the settings in `FIXED`."""
-    return {"dataset": f"{task.info.name} ({task.info.digest})", **{name: getattr(options, name) for name in FIXED}}
+    return {"dataset": identity_of(task), **{name: getattr(options, name) for name in FIXED}}
 
 
 def open_dataset(name: str) -> Task:

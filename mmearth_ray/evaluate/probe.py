@@ -33,6 +33,7 @@ def fit_probe(
     goal: Goal,
     classes: int,
     recipe: str = "converged",
+    all_labels: bool = True,
     seed: int = 0,
     steps: int | None = None,
     batch: int | None = None,
@@ -42,7 +43,7 @@ def fit_probe(
     "converged" takes the learning rate, and the step, that are best on validation by the primary metric, of equals those of
     the lowest loss there.  Raises DataError for features that are not finite or absent, or if no rate gives a finite loss.
     """
-    plan = probe_recipe(recipe)
+    plan = probe_recipe(recipe, all_labels=all_labels)
     for X, split in ((X_train, "train"), (X_valid, "valid")):
         if not len(X):
             raise DataError(f"the {split} split has no image with a label; a probe needs at least one")

@@ -26,6 +26,7 @@ class Recipe:
     which it has neither weight decay nor layer decay (published segmentation).  `augment`: flips and quarter turns.
     `best`: keep the weights that are best on validation, not the last.  `standardise`: features of a probe by training's
     mean and deviation, not by LayerNorm per image.  `head_std`: of the head's fresh weights.
+    `drop_last`: images of an epoch that fill no batch are left out of it.
     """
 
     name: str
@@ -44,18 +45,22 @@ class Recipe:
     best: bool = False
     standardise: bool = False
     head_std: float = 2e-5
+    drop_last: bool = False
 
     def steps(self, images: int, batch: int, most: int | None) -> int:
         """Steps of a training on so many images, at most `most`.  Raises UsageError for less than one."""
         if most is not None and most < 1:
             raise UsageError(f"steps={most} must be at least 1, or null for the {self.epochs} epochs of the recipe")
-        planned = max(self.epochs * math.ceil(images / batch), self.least_steps)
+        in_epoch = max(1, images // batch) if self.drop_last else math.ceil(images / batch)
+        planned = max(self.epochs * in_epoch, self.least_steps)
         return planned if most is None else min(planned, most)
 
 
 # Label efficiency in the published scripts: batch 32, lr = 2e-4 x 32 / 256.  Drop path 0.1 is set there as well, and active, as
 # the frozen encoder stays in train mode; on features that are computed once it cannot act.
-PUBLISHED_PROBE = Recipe(name="published", rates=(2e-4 * 32 / 256,), batch=32, epochs=100, smoothing=0.2)
+PUBLISHED_FEW = Recipe(name="published", rates=(2e-4 * 32 / 256,), batch=32, epochs=100, smoothing=0.2, drop_last=True)
+# With all labels: batch 64 x 16 accumulated, the remainder of an epoch thrown away, lr = 2e-4 x 1024 / 256.
+PUBLISHED_PROBE = Recipe(name="published", rates=(2e-4 * 1024 / 256,), batch=1024, epochs=100, smoothing=0.2, drop_last=True)
 # Standardised features and a plain linear layer are a convex problem: rates of a decade apart, the best on validation.
 CONVERGED_PROBE = Recipe(
     name="converged", rates=(1e-3, 1e-2, 1e-1), batch=256, epochs=100, least_steps=500, warmup=0.1, weight_decay=1e-2,
@@ -63,10 +68,18 @@ CONVERGED_PROBE = Recipe(
 )  # fmt: skip
 # Classification: batch 64 x 16 accumulated, lr = 2e-4 x 1024 / 256.
 PUBLISHED_TUNING = Recipe(
-    name="published", rates=(2e-4 * 1024 / 256,), batch=1024, epochs=100, smoothing=0.2, drop_path=0.1, layer_decay=0.9
+    name="published",
+    rates=(2e-4 * 1024 / 256,),
+    batch=1024,
+    epochs=100,
+    smoothing=0.2,
+    drop_path=0.1,
+    layer_decay=0.9,
+    drop_last=True,
 )
 # Segmentation: batch 8 x 4 accumulated, lr = 1e-2 x 32 / 256; 50 epochs of a resting encoder, then 150 of all.
-PUBLISHED_MAPS = Recipe(name="published", rates=(1e-2 * 32 / 256,), batch=32, epochs=200, drop_path=0.1, frozen_share=0.25)
+PUBLISHED_MAPS = Recipe(name="published", rates=(1e-2 * 32 / 256,), batch=32, epochs=200, drop_path=0.1, frozen_share=0.25,
+                        drop_last=True)  # fmt: skip
 # One rate for every number of labels; weight decay as for training ConvNeXt from scratch (arXiv:2201.03545, table 5).
 CONVERGED_TUNING = Recipe(
     name="converged", rates=(5e-4,), batch=64, epochs=100, least_steps=300, warmup=0.1, weight_decay=0.05, drop_path=0.1,
@@ -78,9 +91,10 @@ CONVERGED_MAPS = Recipe(
 )  # fmt: skip
 
 
-def probe_recipe(name: str) -> Recipe:
-    """Of a linear layer on frozen features.  Raises UsageError for a recipe there is not."""
-    return {"published": PUBLISHED_PROBE, "converged": CONVERGED_PROBE}[_known(name)]
+def probe_recipe(name: str, *, all_labels: bool = True) -> Recipe:
+    """Of a linear layer on frozen features; published ones differ with `all_labels`.  Raises UsageError for another name."""
+    published = PUBLISHED_PROBE if all_labels else PUBLISHED_FEW
+    return {"published": published, "converged": CONVERGED_PROBE}[_known(name)]
 
 
 def tuning_recipe(name: str, goal: Goal) -> Recipe:

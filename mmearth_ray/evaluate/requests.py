@@ -92,7 +92,7 @@ def restored(place: Path, told: Collection[int]) -> tuple[list[Outcome], list[Re
             skipped = tuple(json.loads((path / REQUEST).read_text(encoding="utf-8"))["skipped"])
         except (OSError, ValueError, KeyError):
             skipped = None
-        if step in outcomes or skipped is None:
+        if step in outcomes or step in told or skipped is None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             requests.append(Request(step, path, skipped))

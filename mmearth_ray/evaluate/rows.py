@@ -14,7 +14,7 @@ from mmearth_ray.evaluate.metrics import primary
 from mmearth_ray.evaluate.planning import Planned
 from mmearth_ray.evaluate.points import Point, Result
 from mmearth_ray.evaluate.protocols import PLAIN
-from mmearth_ray.evaluate.task import TaskInfo
+from mmearth_ray.evaluate.task import Goal, TaskInfo
 
 COLUMNS = (
     "dataset", "method", "metric_name", "metric_value", "ci_lower", "ci_upper", "feature_dim", "best_c", "best_lr",
@@ -57,7 +57,8 @@ def to_csv(
 
 def _about(entry: Planned, info: TaskInfo) -> dict[str, Any]:
     point, subject, fixed = entry.point, entry.point.subject, entry.point.fixed
-    swept = {"c_range_start": C_START, "c_range_stop": C_STOP, "c_range_num": C_COUNT} if point.protocol == "logistic" else {}
+    swept = {"c_range_start": C_START, "c_range_stop": C_STOP, "c_range_num": C_COUNT}
+    swept = swept if point.protocol == "logistic" and info.goal is not Goal.REGRESSION else {}
     bands = [band for band in subject.bands or info.bands if band in info.bands]
     normalisation = "dataset" if subject.kind == "statistics" else fixed["normalisation"]
     return {

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 
 import numpy as np
 
+from mmearth_ray.errors import DataError
 from mmearth_ray.evaluate.cells import run_cells
 from mmearth_ray.evaluate.extraction import torch_threads
 from mmearth_ray.evaluate.features import Features, compute
@@ -25,7 +26,7 @@ from mmearth_ray.evaluate.points import Point, Result
 from mmearth_ray.evaluate.probe import fit_probe
 from mmearth_ray.evaluate.protocols import TRAINED
 from mmearth_ray.evaluate.splits import Round, absent_classes, rounds, subset
-from mmearth_ray.evaluate.task import Goal, Task, TaskInfo, load_task
+from mmearth_ray.evaluate.task import Goal, Task, TaskInfo, identity_of, load_task
 
 Arrays: TypeAlias = dict[str, np.ndarray]
 
@@ -62,6 +63,8 @@ class Case:
 def score_point(work: Work) -> tuple[Result, Arrays]:
     """The result of a point, and what was predicted.  Raises UsageError and DataError as the protocols do."""
     point, task = work.point, _task(work.dataset)
+    if (now := identity_of(task)) != point.fixed["dataset"]:
+        raise DataError(f"{work.dataset} was {point.fixed['dataset']} when the command began and is {now} now; start it again")
     with torch_threads(work.threads):
         features = None if point.protocol in TRAINED else features_of_point(work, task)
         began = time.perf_counter()
@@ -133,7 +136,8 @@ def _logistic(case: Case) -> tuple[Outcome, dict[str, Any]]:
 
 def _probe(case: Case) -> tuple[Outcome, dict[str, Any]]:
     info, recipe = case.task.info, str(case.fixed["recipe"])
-    return _fitted(case, partial(fit_probe, goal=info.goal, classes=info.outputs, recipe=recipe, seed=case.seed))
+    return _fitted(case, partial(fit_probe, goal=info.goal, classes=info.outputs, recipe=recipe, seed=case.seed,
+                                 all_labels=case.work.point.fraction == 1))  # fmt: skip
 
 
 def _trained(case: Case, *, frozen: bool) -> tuple[Outcome, dict[str, Any]]:

@@ -8,7 +8,7 @@ from mmearth_ray.evaluate.comparison import complete, room_of, say
 from mmearth_ray.evaluate.contenders import Contender, Role
 from mmearth_ray.evaluate.encoders import Subject, open_subject
 from mmearth_ray.evaluate.features import compute
-from mmearth_ray.evaluate.feeding import feed_of
+from mmearth_ray.evaluate.feeding import Feed, feed_of
 from mmearth_ray.evaluate.options import FeaturesOptions, ScoreOptions
 from mmearth_ray.evaluate.planning import fixed_of, open_dataset, plan, require_each_once
 from mmearth_ray.evaluate.points import Store
@@ -17,6 +17,7 @@ from mmearth_ray.evaluate.rows import to_csv
 from mmearth_ray.evaluate.score import outcome_of
 from mmearth_ray.evaluate.splits import rounds
 from mmearth_ray.evaluate.summary import Cell, Summary, summarise
+from mmearth_ray.evaluate.task import Task
 from mmearth_ray.files import atomic_text
 from mmearth_ray.progress import counted
 
@@ -31,10 +32,14 @@ def features(options: FeaturesOptions) -> int:
     shape = " x ".join(map(str, found.shape))
     print(f"{found.folder}: {counted(len(found), 'image')}, {shape} features each, {found.seconds_per_image:.2g} "
           f"{found.clock.upper()}-seconds per image")  # fmt: skip
-    for what, bands in (("lacks", found.feed.absent), ("knows no mean of", found.feed.unknown)):
+    _tell_filled(found.feed, task)
+    return 0
+
+
+def _tell_filled(feed: Feed, task: Task) -> None:
+    for what, bands in (("lacks", feed.absent), ("knows no mean of", feed.unknown)):
         if bands:
             print(f"  {task.info.name} {what} {', '.join(bands)}: they are filled with 0, the mean, after normalisation")
-    return 0
 
 
 def score(options: ScoreOptions) -> int:
@@ -47,7 +52,7 @@ def score(options: ScoreOptions) -> int:
     strange = [protocol for protocol in options.protocols if protocol not in PLAIN and subject.kind == "statistics"]
     if strange:
         raise UsageError(f"protocols=[{strange[0]}] needs an encoder; statistics of bands have {' and '.join(PLAIN)}")
-    feed_of(subject, task.info, options.normalisation)
+    _tell_filled(feed_of(subject, task.info, options.normalisation), task)
     rounds(task)
     room = room_of(options, task)
     contender = Contender(subject.name, Role.ENCODER, (subject,), tuple(options.protocols), {})
@@ -57,9 +62,9 @@ def score(options: ScoreOptions) -> int:
         failed = complete([entry.point for entry in planned], task, store, room, say)
         summary = summarise(planned, task.info.goal, options.bootstrap, store.read,
                             lambda point: outcome_of(store.arrays(point), task.info), store.failure)  # fmt: skip
+        print("\n".join(table(summary)))
         if options.csv:
             atomic_text(Path(options.csv).expanduser(), to_csv(planned, task.info, store.read, store.failure))
-    print("\n".join(table(summary)))
     if failed:
         reasons = sorted({reason for cell in summary.cells.values() for reason in cell.failures.values()})
         raise DataError(f"{failed} of {counted(len(planned), 'point')} failed: {'; '.join(reasons)}")

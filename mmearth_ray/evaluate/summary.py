@@ -1,5 +1,6 @@
 """What the points of a comparison say together: means over seeds, paired differences, and which points have no score."""
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -94,7 +95,7 @@ def summarise(
         scored.setdefault(key, {})[point.seed] = Scored(outcome.primary(), drawn.values(outcome))
         results.setdefault(key, {})[point.seed] = result
     bounds = BOUNDS.get(goal, (0.0, 1.0))
-    keys = dict.fromkeys((e.contender.name, e.point.protocol, e.point.fraction) for e in planned)
+    keys = Counter((e.contender.name, e.point.protocol, e.point.fraction) for e in planned)
     cells = {
         key: Cell(
             name=key[0], protocol=key[1], fraction=key[2], estimate=mean_of(_defined(scored.get(key, {})), bounds),
@@ -104,7 +105,7 @@ def summarise(
         for key in keys
     }  # fmt: skip
     contenders = list({entry.contender.name: entry.contender for entry in planned}.values())
-    return Summary(contenders, cells, _differences(contenders, list(keys), scored))
+    return Summary(contenders, cells, _differences(contenders, keys, scored))
 
 
 def _defined(found: Mapping[int, Scored]) -> dict[int, Scored]:
@@ -114,10 +115,13 @@ def _defined(found: Mapping[int, Scored]) -> dict[int, Scored]:
 
 def _differences(
     contenders: Sequence[Contender],
-    keys: Sequence[Key],
+    keys: Mapping[Key, int],
     scored: Mapping[Key, dict[int, Scored]],
 ) -> list[Difference]:
-    """Every encoder against the baseline of its own size, the supervised one, statistics of bands and the first encoder."""
+    """Every encoder against the baseline of its own size, the supervised one, statistics of bands and the first encoder.
+
+    `keys`: how many seeds are planned of each.
+    """
     found = []
     for contender in contenders:
         if contender.role is not Role.ENCODER:
@@ -129,7 +133,8 @@ def _differences(
                         _defined(scored.get((name, used, fraction), {}))
                         for name, used in ((contender.name, protocol), (other, other_protocol))
                     )
-                    made = difference(first, second, all_labels=fraction == 1)
+                    alone = 1 in (keys[contender.name, protocol, fraction], keys.get((other, other_protocol, fraction)))
+                    made = difference(first, second, alone=alone)
                     if made is not None:
                         found.append(Difference(name=contender.name, other=other, other_protocol=other_protocol,
                                                 protocol=protocol, fraction=fraction, estimate=made))  # fmt: skip

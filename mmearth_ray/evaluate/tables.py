@@ -119,7 +119,7 @@ def _score(cell: Cell | None) -> str:
     lost = f", {len(cell.failures)} failed" if cell.failures else ""
     if not cell.results:
         return f"{len(cell.failures)} failed"
-    return f"{cell.estimate or 'undefined'}, n = {len(cell.results)}{lost}"
+    return f"{cell.estimate or 'undefined'}, n = {cell.estimate.seeds if cell.estimate else 0}{lost}"
 
 
 def _reasons(reasons: Iterable[str]) -> str:

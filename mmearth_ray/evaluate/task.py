@@ -217,6 +217,11 @@ def checked_info(info: TaskInfo, where: str) -> TaskInfo:
     return info
 
 
+def identity_of(task: Task) -> str:
+    """Name and digest of a data set: what tells it from every other."""
+    return f"{task.info.name} ({task.info.digest})"
+
+
 def load_task(folder: Path) -> Task:
     """The labelled data set in a folder.  Raises DataError if it is absent, damaged or of another form."""
     try:

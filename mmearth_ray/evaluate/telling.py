@@ -51,8 +51,9 @@ def reading(metric: str, about: Circumstances, folds: bool) -> list[str]:
         "Intervals hold 95 %: Student's t over seeds (other labelled images, other initial weights) and a bootstrap over test "
         "images, half widths added in squares. n is the number of seeds; where a result does not depend on the seed n is 1, "
         "and the interval is that of the bootstrap alone.",
-        "Subsets of the labels are nested and stratified: of one seed, 1 % is part of 5 %, and every encoder has the same "
-        "images. The validation split, which chooses regularisation, rate and step, is not cut.",
+        "Subsets of the labels are nested, and stratified by class or value where an image has one: of one seed, 1 % is part "
+        "of 5 %, and every encoder has the same images. The validation split, which chooses regularisation, rate and step, is "
+        "not cut.",
         "Differences are paired: the same seeds, the same resamples of the same test images. A star marks those whose interval "
         "does not hold 0. Many are compared: of twenty true zeros one has a star.",
         "random: the same structure with fresh weights for every seed, frozen. supervised: those weights trained on the labels "

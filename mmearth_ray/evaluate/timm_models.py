@@ -35,6 +35,7 @@ class TimmEncoder(nn.Module):
         self.model: Any = model
         try:
             self.patch_size = int(self.model.feature_info[-1]["reduction"])
+            model.eval()  # a batch norm in training would learn from the empty image
             with torch.no_grad():
                 image = torch.zeros(1, _channels(model), CELLS * self.patch_size, CELLS * self.patch_size)
                 maps, last, pooled = self.maps(image), self.forward_features(image), self(image)

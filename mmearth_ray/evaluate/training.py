@@ -59,7 +59,7 @@ def train(
     optimizer = torch.optim.AdamW(groups, lr=rate, weight_decay=recipe.weight_decay, eps=EPS)
     best, kept = Best(steps, None), None
     every = max(1, steps // CHECKS)
-    for step, places in enumerate(draw_batches(images, batch, steps, generator), start=1):
+    for step, places in enumerate(draw_batches(images, batch, steps, generator, recipe.drop_last), start=1):
         for group in optimizer.param_groups:
             group["lr"] = group.get("share", 1.0) * learning_rate(step, steps, rate, recipe)
         optimizer.zero_grad()
@@ -92,11 +92,15 @@ def learning_rate(step: int, steps: int, peak: float, recipe: Recipe) -> float:
     return low + (peak - low) * 0.5 * (1 + math.cos(math.pi * max(0.0, progress)))
 
 
-def draw_batches(images: int, batch: int, steps: int, generator: torch.Generator) -> Iterator[Tensor]:
-    """Places (b,) of the images of each step: every image once in a random order, then again; all where they are no batch."""
+def draw_batches(images: int, batch: int, steps: int, generator: torch.Generator, drop_last: bool = False) -> Iterator[Tensor]:
+    """Places (b,) of the images of each step: every image once in a random order, then again; all where they are no batch.
+
+    With `drop_last` those that fill no batch at the end of an order are left out of it.
+    """
+    whole = images // batch * batch if drop_last and images >= batch else images
     done = 0
     while done < steps:
-        for places in torch.randperm(images, generator=generator).split(batch)[: steps - done]:
+        for places in torch.randperm(images, generator=generator)[:whole].split(batch)[: steps - done]:
             yield places
             done += 1
 

@@ -2,7 +2,7 @@
 
 The published decoder of MP-MAE's segmentation (github.com/vishalned/MMEarth-train, arXiv:2405.02771): nearest upsampling, 3x3
 convolution, LayerNorm, GELU, then the encoder's features of that resolution beside it; skips from the first convolution, the
-stem, stage 2 and stage 3.  At full resolution a 3x3 convolution to half the first width, and a 1x1 head.
+stem, stage 2 and stage 3.  At full resolution a 3x3 convolution to half the first width, LayerNorm, GELU, and a 1x1 head.
 
 Shapes: B images, C bands, H x W pixels, D_i channels of level i, from the largest map to the smallest, K classes.
 """
@@ -21,10 +21,19 @@ from mmearth_ray.model.layers import DenseLayout, LayerNorm
 class UNet(nn.Module):
     """An encoder and a decoder: (B, C, H, W), sides multiples of the patch, -> class scores (B, K, H, W).
 
-    `channels`: C.  `resting`: no gradient flows into the encoder, which may change between steps.
+    `channels`: C.  `head_std`: of the head's fresh weights.  `resting`: no gradient flows into the encoder, which may change
+    between steps.
     """
 
-    def __init__(self, encoder: nn.Module, channels: int, patch: int, classes: int, generator: torch.Generator) -> None:
+    def __init__(
+        self,
+        encoder: nn.Module,
+        channels: int,
+        patch: int,
+        classes: int,
+        generator: torch.Generator,
+        head_std: float = 0.02,
+    ) -> None:
         super().__init__()
         self.encoder = encoder
         self.resting = False
@@ -36,6 +45,7 @@ class UNet(nn.Module):
         with torch.random.fork_rng(devices=[]):  # layers draw weights when they are made, which nobody else is to notice
             self.decoder = Decoder(widths, encoder_width(encoder, widths), classes)
         fresh(self.decoder, generator)
+        nn.init.trunc_normal_(self.decoder.head.weight, std=head_std, a=-2 * head_std, b=2 * head_std, generator=generator)
 
     def forward(self, image_BCHW: Tensor) -> Tensor:
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.resting):
@@ -54,6 +64,7 @@ class Decoder(nn.Module):
             self.steps.append(Step(before, width))
             before = width + widths[number]
         self.last = nn.Conv2d(before, max(1, narrow // 2), 3, padding=1)
+        self.norm = LayerNorm(max(1, narrow // 2))
         self.head = nn.Conv2d(max(1, narrow // 2), classes, 1)
 
     def forward(self, levels_BDHW: Sequence[Tensor], size: Sequence[int]) -> Tensor:
@@ -62,7 +73,8 @@ class Decoder(nn.Module):
             x_BDHW = torch.cat([step(x_BDHW, skip_BDHW.shape[2:]), skip_BDHW], dim=1)
         if x_BDHW.shape[2:] != torch.Size(size):
             x_BDHW = functional.interpolate(x_BDHW, size=tuple(size))
-        return self.head(self.last(x_BDHW))
+        x_BHWD = functional.gelu(self.norm(self.last(x_BDHW).permute(0, 2, 3, 1)))
+        return self.head(x_BHWD.permute(0, 3, 1, 2))
 
 
 class Step(nn.Module):

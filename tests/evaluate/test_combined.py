@@ -52,7 +52,7 @@ def test_differences_pair_seeds_and_images() -> None:
     drawn = Resamples(40, 400)
     better = {seed: scored(outcome(30 + seed), drawn) for seed in range(3)}
     worse = {seed: scored(outcome(24 + seed), drawn) for seed in range(3)}
-    found = difference(better, worse, all_labels=False)
+    found = difference(better, worse, alone=False)
     assert found is not None
     assert (found.mean, found.seeds) == (pytest.approx(6 / 40), 3)
     assert found.low is not None
@@ -60,20 +60,30 @@ def test_differences_pair_seeds_and_images() -> None:
     apart = mean_of(better, (0.0, 1.0))
     assert apart is not None
     assert apart.low is not None
-    assert found.mean - found.low < apart.mean - apart.low + 0.1
-    assert difference({0: better[0]}, {1: worse[1]}, all_labels=False) is None
-    assert difference({0: better[0], 1: better[1]}, {1: worse[1], 2: worse[2]}, all_labels=False) == difference(
-        {1: better[1]}, {1: worse[1]}, all_labels=False
+    assert found.mean - found.low < apart.mean - apart.low
+    assert difference({0: better[0]}, {1: worse[1]}, alone=False) is None
+    assert difference({0: better[0], 1: better[1]}, {1: worse[1], 2: worse[2]}, alone=False) == difference(
+        {1: better[1]}, {1: worse[1]}, alone=False
     )
+
+
+def test_a_seed_that_is_left_of_several_meets_its_own_alone() -> None:
+    drawn = Resamples(40, 100)
+    left, all_of_them = {2: scored(outcome(30), drawn)}, {seed: scored(outcome(20 + 5 * seed), drawn) for seed in range(3)}
+    assert difference(left, all_of_them, alone=False) == difference(left, {2: all_of_them[2]}, alone=False)
+
+
+def test_a_single_test_image_gives_no_interval() -> None:
+    assert np.isnan(Resamples(1, 10).values(outcome(1, 1))).all()
 
 
 def test_with_all_labels_what_has_one_result_meets_every_seed() -> None:
     drawn = Resamples(40, 100)
     fixed, varied = {0: scored(outcome(30), drawn)}, {seed: scored(outcome(20 + seed), drawn) for seed in range(3)}
-    found = difference(fixed, varied, all_labels=True)
+    found = difference(fixed, varied, alone=True)
     assert found is not None
     assert (found.seeds, found.mean) == (3, pytest.approx(9 / 40))
-    back = difference(varied, fixed, all_labels=True)
+    back = difference(varied, fixed, alone=True)
     assert back is not None
     assert (back.seeds, back.mean) == (3, pytest.approx(-9 / 40))
 

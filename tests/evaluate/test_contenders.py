@@ -1,10 +1,13 @@
 """Who takes part: every structure has its baselines once, and names tell contenders apart."""
 
+from pathlib import Path
+
 import pytest
+from tiny_encoder import tiny_encoder, tiny_statistics
 
 from mmearth_ray.errors import UsageError
 from mmearth_ray.evaluate.contenders import STATISTICS, Role, contenders_of, open_all
-from mmearth_ray.evaluate.encoders import Subject
+from mmearth_ray.evaluate.encoders import Subject, open_subject
 from mmearth_ray.evaluate.protocols import USUAL
 from mmearth_ray.evaluate.task import Goal
 
@@ -71,3 +74,24 @@ def test_statistics_that_are_named_take_part_once_under_their_name() -> None:
 def test_encoders_that_cannot_be_told_apart_are_refused(encoders: list[str], names: list[str], said: str) -> None:
     with pytest.raises(UsageError, match=said):
         open_all(encoders, names)
+
+
+def test_baselines_do_not_depend_on_the_order_of_the_encoders(tmp_path: Path) -> None:
+    """Encoders that differ in statistics alone share theirs, so a comparison that gains an encoder computes none again."""
+    bands = ("B2", "B3")
+    folders = [
+        tiny_encoder(tmp_path / str(n), bands, seed=n, statistics=tiny_statistics(bands) if n == 1 else None) for n in (1, 2)
+    ]
+    first, second = (open_subject(str(folder), f"e{n}") for n, folder in enumerate(folders))
+
+    def baselines(subjects: list[Subject], normalisation: str) -> set[str]:
+        found = contenders_of(subjects, ["knn"], 1, normalisation)
+        return {c.subjects[0].digest for c in found if c.role is Role.RANDOM}
+
+    assert baselines([first], "dataset") == baselines([second, first], "dataset")
+    assert len(baselines([second, first], "pretraining")) == 2
+
+
+def test_an_encoder_may_be_called_like_a_baseline() -> None:
+    found = contenders_of([open_subject("random:atto/8", "band statistics")], ["knn"], 1, "dataset")
+    assert len({contender.name for contender in found}) == len(found)

@@ -26,10 +26,12 @@ def test_columns_go_by_their_names_and_extra_ones_are_ignored(tmp_path: Path) ->
     assert found.lines == [2, 3, 5]
 
 
-def test_folds_stand_before_splits(tmp_path: Path) -> None:
-    found = table(tmp_path, "file,label,split,fold\na,x,,2\nb,y,train,0\n")
+def test_folds_and_splits_are_one_or_the_other(tmp_path: Path) -> None:
+    found = table(tmp_path, "file,label,split,fold\na,x,,2\nb,y,,0\n")
     assert (found.fold_count, found.folds.tolist(), found.splits) == (3, [2, 0], None)
     assert table(tmp_path, "file,label\na,x\n").splits is None
+    with pytest.raises(DataError, match="line 3: a split is given beside a fold"):
+        table(tmp_path, "file,label,split,fold\na,x,,2\nb,y,test,0\n")
 
 
 @pytest.mark.parametrize(

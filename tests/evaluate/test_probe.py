@@ -26,7 +26,7 @@ def test_every_goal_is_probed_with_every_recipe(tmp_path: Path, goal: Goal, reci
     task = tiny_task(tmp_path / "task", goal, images=100)
     X, (found,) = features_of(task.images(np.arange(100))), rounds(task)
     steps = 120 if recipe == "converged" else None
-    fit = partial(fit_probe, goal=goal, classes=task.info.outputs, recipe=recipe, steps=steps)
+    fit = partial(fit_probe, goal=goal, classes=task.info.outputs, recipe=recipe, steps=steps, all_labels=False)
     outcome, chosen = run_frozen(fit, X, task, found)
     again, _ = run_frozen(fit, X, task, found)
     assert outcome.prediction is not None
@@ -38,7 +38,7 @@ def test_every_goal_is_probed_with_every_recipe(tmp_path: Path, goal: Goal, reci
     else:
         assert chosen["best_lr"] == 2.5e-5
         assert chosen["best_batch_size"] == 32
-        assert chosen["steps"] == 100 * 2
+        assert chosen["steps"] == 100
         assert "drop path" in chosen["note"]
     few = type(found)(subset(task, found.train, 0.01, 0), found.valid, found.test)
     outcome, chosen = run_frozen(fit, X, task, few)
@@ -94,8 +94,12 @@ def test_steps_and_batch_can_be_set_and_bad_settings_are_refused() -> None:
 
 
 def test_published_settings_are_those_of_the_job_scripts() -> None:
-    probe = probe_recipe("published")
-    assert (probe.rates, probe.batch, probe.epochs, probe.smoothing, probe.weight_decay) == ((2.5e-5,), 32, 100, 0.2, 0.3)
+    probe, few = probe_recipe("published"), probe_recipe("published", all_labels=False)
+    assert (few.rates, few.batch, few.epochs, few.smoothing, few.weight_decay) == ((2.5e-5,), 32, 100, 0.2, 0.3)
+    assert (probe.rates, probe.batch, probe.epochs, probe.smoothing) == ((pytest.approx(8e-4),), 1024, 100, 0.2)
+    assert probe.steps(2000, 1024, None) == 100  # of m-eurosat: 31 of 64 images, one update of 16 of them
+    assert few.steps(200, 32, None) == 600
+    assert few.steps(20, 20, None) == 100
     tuning = tuning_recipe("published", Goal.MULTI)
     assert (tuning.rates, tuning.batch, tuning.layer_decay, tuning.drop_path) == ((pytest.approx(8e-4),), 1024, 0.9, 0.1)
     maps = tuning_recipe("published", Goal.SEGMENTATION)

@@ -54,6 +54,13 @@ def test_a_start_finds_what_is_to_be_done_and_what_is_not_told(tmp_path: Path) -
     assert restored(tmp_path / "nowhere", ()) == ([], [])
 
 
+def test_a_request_that_was_told_is_not_judged_again(tmp_path: Path) -> None:
+    """Where the disk was full, its outcome is in the metrics alone."""
+    told, other = ask(tmp_path, 10), ask(tmp_path, 20)
+    assert restored(tmp_path, {10}) == ([], [other])
+    assert not told.folder.exists()
+
+
 def test_a_request_with_an_outcome_or_without_its_words_is_no_request(tmp_path: Path) -> None:
     settle(tmp_path, ask(tmp_path, 10), {"step": 10})
     ask(tmp_path, 10)  # of a start that lived on unseen

@@ -114,3 +114,14 @@ def test_without_timm_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(timm_models.importlib, "import_module", absent)
     with pytest.raises(UsageError, match="timm is not installed; encoders of timm need it: pip install timm"):
         open_subject(f"timm:{NAME}=random")
+
+
+def test_running_statistics_of_a_batch_norm_stay_those_of_the_file(tmp_path: Path) -> None:
+    model = timm.create_model("resnet18", pretrained=False, num_classes=0)
+    with torch.no_grad():
+        for name, value in model.named_buffers():
+            value.fill_(5 if name.endswith("running_mean") else 2)
+    save_file(model.state_dict(), tmp_path / "resnet18.safetensors")
+    encoder = cast(TimmEncoder, build(open_subject(f"timm:resnet18={tmp_path / 'resnet18.safetensors'}")))
+    found = encoder.model.state_dict()
+    assert all(torch.equal(found[name], value) for name, value in model.state_dict().items())

@@ -63,3 +63,22 @@ def test_encoders_without_full_resolution_take_the_image_itself(tmp_path: Path) 
         x = image(3, 2 * patch, patch)
         assert torch.equal(levels(encoder, x)[0], x)
         assert UNet(encoder, 3, patch, 4, torch.Generator().manual_seed(0))(x).shape == (2, 4, 2 * patch, patch)
+
+
+def test_the_last_layers_are_convolution_norm_gelu_and_a_head_of_small_weights() -> None:
+    """As upstream's `initial_conv_upsample` and head, computed by hand."""
+    decoder = UNet(build(open_subject("random:atto/8")), 12, 8, 2, torch.Generator().manual_seed(0), head_std=2e-5).decoder
+    assert 0 < float(decoder.head.weight.detach().std()) < 3e-5
+    narrow = decoder.last.in_channels
+    seen: list[torch.Tensor] = []
+    hook = decoder.last.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    widths = [40, 40, 80, 160, 320]
+    generator = torch.Generator().manual_seed(1)
+    maps = [torch.randn(1, w, s, s, generator=generator) for w, s in zip(widths, (16, 8, 4, 2, 1), strict=True)]
+    found = decoder(maps, (16, 16))
+    hook.remove()
+    x = decoder.last(seen[0])
+    x = (x - x.mean(1, keepdim=True)) / (x.var(1, unbiased=False, keepdim=True) + 1e-6).sqrt()
+    expected = decoder.head(torch.nn.functional.gelu(x))
+    assert narrow == seen[0].shape[1]
+    assert torch.allclose(found, expected, atol=1e-8)
