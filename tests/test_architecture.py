@@ -42,7 +42,7 @@ ONLY_IN = {
             "doctor.cluster"),
     "deepspeed": ("train.zero",),
     "sklearn": ("evaluate.",),
-    "rasterio": ("evaluate.convert_geotiffs",),
+    "rasterio": ("evaluate.datasets.convert_geotiffs",),
     "omegaconf": ("settings",),
     "yaml": ("settings",),
     "h5py": ("shards.", "evaluate."),
@@ -72,7 +72,7 @@ NAMELESS = (
     "plan",
     "evaluate",
 )
-CONVERTERS = "evaluate.convert_"
+CONVERTERS = "evaluate.datasets.convert_"
 
 
 def module_name(path: Path) -> str:

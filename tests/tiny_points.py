@@ -4,13 +4,13 @@ from typing import Any
 
 import numpy as np
 
-from mmearth_ray.evaluate.contenders import Contender, Role
-from mmearth_ray.evaluate.encoders import Kind, Structure, Subject
-from mmearth_ray.evaluate.metrics import Outcome
-from mmearth_ray.evaluate.planning import Planned
-from mmearth_ray.evaluate.points import Point, Result
-from mmearth_ray.evaluate.score import arrays_of
-from mmearth_ray.evaluate.task import Goal
+from mmearth_ray.evaluate.compare.contenders import Contender, Role
+from mmearth_ray.evaluate.compare.planning import Planned
+from mmearth_ray.evaluate.compare.points import Point, Result
+from mmearth_ray.evaluate.compare.score import arrays_of
+from mmearth_ray.evaluate.datasets.task import Goal
+from mmearth_ray.evaluate.features.encoders import Kind, Structure, Subject
+from mmearth_ray.evaluate.protocols.metrics import Outcome
 
 FIXED: dict[str, Any] = {
     "dataset": "tiny (abc)", "normalisation": "dataset", "recipe": "converged", "steps": None, "k": 5, "bootstrap": 100,

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import numpy as np
 
-from mmearth_ray.evaluate.task import SPLITS, Goal, Task, TaskInfo, load_task
-from mmearth_ray.evaluate.writing import Block, write_task
+from mmearth_ray.evaluate.datasets.task import SPLITS, Goal, Task, TaskInfo, load_task
+from mmearth_ray.evaluate.datasets.writing import Block, write_task
 from mmearth_ray.modalities import DEFAULT_INPUT, get
 
 BANDS = get(DEFAULT_INPUT).default_bands().bands

@@ -9,49 +9,49 @@ from mmearth_ray.progress import counted
 
 
 def _geobench_settings() -> type:
-    from mmearth_ray.evaluate.convert_geobench import GeobenchOptions
+    from mmearth_ray.evaluate.datasets.convert_geobench import GeobenchOptions
 
     return GeobenchOptions
 
 
 def _geobench(places: list[Any], options: Any) -> int:
-    from mmearth_ray.evaluate.convert_geobench import convert
+    from mmearth_ray.evaluate.datasets.convert_geobench import convert
 
     return _made(places[1], convert(places[0], places[1], options))
 
 
 def _arrays_settings() -> type:
-    from mmearth_ray.evaluate.convert_arrays import ArraysOptions
+    from mmearth_ray.evaluate.datasets.convert_arrays import ArraysOptions
 
     return ArraysOptions
 
 
 def _arrays(places: list[Any], options: Any) -> int:
-    from mmearth_ray.evaluate.convert_arrays import convert
+    from mmearth_ray.evaluate.datasets.convert_arrays import convert
 
     return _made(places[1], convert(places[0], places[1], options))
 
 
 def _geotiffs_settings() -> type:
-    from mmearth_ray.evaluate.convert_geotiffs import GeotiffsOptions
+    from mmearth_ray.evaluate.datasets.convert_geotiffs import GeotiffsOptions
 
     return GeotiffsOptions
 
 
 def _geotiffs(places: list[Any], options: Any) -> int:
-    from mmearth_ray.evaluate.convert_geotiffs import convert
+    from mmearth_ray.evaluate.datasets.convert_geotiffs import convert
 
     return _made(places[1], convert(places[0], places[1], options))
 
 
 def _tiles_settings() -> type:
-    from mmearth_ray.evaluate.convert_tiles import TilesOptions
+    from mmearth_ray.evaluate.datasets.convert_tiles import TilesOptions
 
     return TilesOptions
 
 
 def _tiles(places: list[Any], options: Any) -> int:
-    from mmearth_ray.evaluate.convert_tiles import convert
+    from mmearth_ray.evaluate.datasets.convert_tiles import convert
 
     return _made(places[1], convert(places[0], places[1], options))
 
@@ -66,37 +66,37 @@ def _made(out: Any, info: Any) -> int:
 
 
 def _features_settings() -> type:
-    from mmearth_ray.evaluate.options import FeaturesOptions
+    from mmearth_ray.evaluate.compare.options import FeaturesOptions
 
     return FeaturesOptions
 
 
 def _features(_: list[Any], options: Any) -> int:
-    from mmearth_ray.evaluate.single import features
+    from mmearth_ray.evaluate.compare.single import features
 
     return features(options)
 
 
 def _score_settings() -> type:
-    from mmearth_ray.evaluate.options import ScoreOptions
+    from mmearth_ray.evaluate.compare.options import ScoreOptions
 
     return ScoreOptions
 
 
 def _score(_: list[Any], options: Any) -> int:
-    from mmearth_ray.evaluate.single import score
+    from mmearth_ray.evaluate.compare.single import score
 
     return score(options)
 
 
 def _efficiency_settings() -> type:
-    from mmearth_ray.evaluate.options import LabelEfficiencyOptions
+    from mmearth_ray.evaluate.compare.options import LabelEfficiencyOptions
 
     return LabelEfficiencyOptions
 
 
 def _efficiency(_: list[Any], options: Any) -> int:
-    from mmearth_ray.evaluate.label_efficiency import run
+    from mmearth_ray.evaluate.compare.label_efficiency import run
 
     return run(options)
 

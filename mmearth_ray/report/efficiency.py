@@ -1,6 +1,6 @@
 """The report of label efficiency: one HTML file with the command, curves, intervals, tables, failures and circumstances.
 
-What is told comes ready made (`mmearth_ray.evaluate.summary`); here it is laid out.
+What is told comes ready made (`mmearth_ray.evaluate.compare.summary`); here it is laid out.
 """
 
 from collections.abc import Mapping, Sequence

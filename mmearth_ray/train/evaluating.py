@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from mmearth_ray.checkpoints.folder import Description, write_exported
-from mmearth_ray.evaluate.background import Background
-from mmearth_ray.evaluate.held_out import held_out_task, round_of
-from mmearth_ray.evaluate.requests import ENCODER as ENCODER_FOLDER
-from mmearth_ray.evaluate.requests import Outcome, cut_back
+from mmearth_ray.evaluate.during.background import Background
+from mmearth_ray.evaluate.during.held_out import held_out_task, round_of
+from mmearth_ray.evaluate.during.requests import ENCODER as ENCODER_FOLDER
+from mmearth_ray.evaluate.during.requests import Outcome, cut_back
 from mmearth_ray.experiment import Experiment
 from mmearth_ray.objective import ENCODER
 from mmearth_ray.progress import counted

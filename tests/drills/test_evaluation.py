@@ -23,14 +23,14 @@ from command import (
 )
 from tiny_earth import make_data_set
 
-from mmearth_ray.evaluate.judge import NICE
+from mmearth_ray.evaluate.during.judge import NICE
 
 pytestmark = pytest.mark.drill
 STEPS, EVERY = 40, 10
 RUN = (*SMALL, f"train.steps={STEPS}", "train.workers=2", "checkpoint.every=8", "validate.tiles=0",
        "model.targets=[sentinel2,biome]")  # fmt: skip
 EVALUATED = (f"eval.every={EVERY}", "eval.tiles=64")
-JUDGE = "mmearth_ray.evaluate.judge"
+JUDGE = "mmearth_ray.evaluate.during.judge"
 
 
 @pytest.fixture(scope="module")

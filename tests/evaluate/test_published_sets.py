@@ -6,16 +6,16 @@ import numpy as np
 import pytest
 from geobench_fixture import SETS, write_set
 
-from mmearth_ray.evaluate.convert_geobench import GeobenchOptions, convert
-from mmearth_ray.evaluate.encoders import open_subject
-from mmearth_ray.evaluate.intervals import bootstrap
-from mmearth_ray.evaluate.metrics import primary
-from mmearth_ray.evaluate.options import ScoreOptions
-from mmearth_ray.evaluate.planning import fixed_of
-from mmearth_ray.evaluate.points import Point
-from mmearth_ray.evaluate.protocols import PLAIN, PROTOCOLS
-from mmearth_ray.evaluate.score import Work, outcome_of, score_point
-from mmearth_ray.evaluate.task import load_task
+from mmearth_ray.evaluate.compare.options import ScoreOptions
+from mmearth_ray.evaluate.compare.planning import fixed_of
+from mmearth_ray.evaluate.compare.points import Point
+from mmearth_ray.evaluate.compare.score import Work, outcome_of, score_point
+from mmearth_ray.evaluate.datasets.convert_geobench import GeobenchOptions, convert
+from mmearth_ray.evaluate.datasets.task import load_task
+from mmearth_ray.evaluate.features.encoders import open_subject
+from mmearth_ray.evaluate.protocols.intervals import bootstrap
+from mmearth_ray.evaluate.protocols.metrics import primary
+from mmearth_ray.evaluate.protocols.names import PLAIN, PROTOCOLS
 
 
 @pytest.mark.parametrize("name", SETS)

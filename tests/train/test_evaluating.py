@@ -21,7 +21,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tiny_earth import make_data_set
 
 from mmearth_ray.errors import UsageError
-from mmearth_ray.evaluate import background
+from mmearth_ray.evaluate.during import background
 from mmearth_ray.experiment import Experiment, check_resume, fixed_settings, open_experiment
 from mmearth_ray.objective import ENCODER
 from mmearth_ray.train.evaluating import FOLDER, KEY, check_evaluation, is_due
@@ -280,7 +280,7 @@ def test_without_anything_to_evaluate_on_nothing_starts(shards: Path, tmp_path: 
 
 
 def test_the_real_process_judges_the_encoder_of_a_run(shards: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(background, "COMMAND", (sys.executable, "-m", "mmearth_ray.evaluate.judge"))
+    monkeypatch.setattr(background, "COMMAND", (sys.executable, "-m", "mmearth_ray.evaluate.during.judge"))
     control = start(
         opened(shards, tmp_path, "train.steps=2", "eval.every=2", "model.image_sizes=[16,32]", "model.image_size=16")
     )

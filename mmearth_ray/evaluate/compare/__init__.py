@@ -1,0 +1,1 @@
+"""Comparisons of encoders: points, baselines, tables, label efficiency."""

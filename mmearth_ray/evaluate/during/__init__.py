@@ -1,0 +1,1 @@
+"""Evaluations beside a pretraining that goes on."""

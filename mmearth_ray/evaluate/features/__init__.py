@@ -1,0 +1,1 @@
+"""Encoders that are judged, how data sets are fed to them, and their features, computed once."""
