@@ -234,7 +234,7 @@ def test_a_run_killed_at_once_goes_on_with_every_evaluation_told_once(shards: Pa
         "import sys, torch; sys.path[:0] = sys.argv[1:3]\n"
         "from pathlib import Path\n"
         "from processes import Quiet, local_stream, settings\n"
-        "from mmearth_ray.evaluate import background\n"
+        "from mmearth_ray.evaluate.during import background\n"
         "from mmearth_ray.experiment import open_experiment\n"
         "from mmearth_ray.train.loop import Worker, run\n"
         "background.COMMAND, background.LOOK_SECONDS = tuple(sys.argv[5].split()), 0.02\n"

@@ -13,7 +13,7 @@ from mmearth_ray.errors import DataError
 from mmearth_ray.evaluate.compare import score as score_module
 from mmearth_ray.evaluate.compare.points import Point
 from mmearth_ray.evaluate.compare.score import RUN, Work, arrays_of, outcome_of, score_point
-from mmearth_ray.evaluate.datasets.task import Goal, Task
+from mmearth_ray.evaluate.datasets.task import Goal, Task, identity_of
 from mmearth_ray.evaluate.features.encoders import Subject, open_subject
 from mmearth_ray.evaluate.features.extraction import band_statistics
 from mmearth_ray.evaluate.features.feeding import feed_of
@@ -35,7 +35,8 @@ def encoder() -> Subject:
 
 
 def work(task: Task, subject: Subject, protocol: str, fraction: float = 1.0, **fixed: Any) -> Work:
-    point = Point(subject.name, subject, protocol, fraction, 1, FIXED | {"steps": 2} | fixed)
+    settings = FIXED | {"steps": 2, "dataset": identity_of(task)} | fixed
+    point = Point(subject.name, subject, protocol, fraction, 1, settings)
     return Work(point, task.folder, task.folder.parent / "cache")
 
 
@@ -98,3 +99,9 @@ def test_features_that_are_not_finite_are_no_score(tmp_path: Path, encoder: Subj
     name = task.ids[rounds(task)[0].test[0]]
     with pytest.raises(DataError, match=f"features of encoder 'tiny' for image '{name}' of the test split are not finite"):
         score_point(work(task, encoder, "knn"))
+
+
+def test_another_data_set_in_the_same_place_gives_no_score(tmp_path: Path, plain: Subject) -> None:
+    job = work(tiny_task(tmp_path / "task"), plain, "knn", dataset="tiny (another digest)")
+    with pytest.raises(DataError, match=r"was tiny \(another digest\) when the command began"):
+        score_point(job)
