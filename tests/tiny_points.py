@@ -13,7 +13,8 @@ from mmearth_ray.evaluate.features.encoders import Kind, Structure, Subject
 from mmearth_ray.evaluate.protocols.metrics import Outcome
 
 FIXED: dict[str, Any] = {
-    "dataset": "tiny (abc)", "normalisation": "dataset", "recipe": "converged", "steps": None, "k": 5, "bootstrap": 100,
+    "dataset": "tiny (abc)", "normalisation": "dataset", "recipe": "converged", "steps": None, "precision": "fp32",
+    "k": 5, "bootstrap": 100,
 }  # fmt: skip
 
 

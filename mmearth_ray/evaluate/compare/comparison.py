@@ -6,9 +6,9 @@ Whatever ends a comparison, what is finished stays: the same command goes on whe
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from mmearth_ray.errors import UsageError
+from mmearth_ray.evaluate.compare.options import ScoringOptions
 from mmearth_ray.evaluate.compare.points import Point, Store
 from mmearth_ray.evaluate.compare.pool import Failure, run_jobs, told
 from mmearth_ray.evaluate.compare.score import Work, score_point
@@ -32,7 +32,7 @@ class Room:
     gpus: bool
 
 
-def room_of(options: Any, task: Task) -> Room:
+def room_of(options: ScoringOptions, task: Task) -> Room:
     """Where a command's options let points be computed.  Raises UsageError for options that do not go together."""
     if options.workers == 0 and options.gpus:
         raise UsageError("workers=0 computes in this process alone; GPUs are given by Ray, so leave one of the two keys out")

@@ -7,11 +7,12 @@ from typing import Any
 
 from mmearth_ray.errors import UsageError
 from mmearth_ray.evaluate.compare.contenders import Contender
+from mmearth_ray.evaluate.compare.options import ScoringOptions
 from mmearth_ray.evaluate.compare.points import Point
 from mmearth_ray.evaluate.datasets.task import Task, identity_of, load_task
 from mmearth_ray.evaluate.protocols.names import PROTOCOLS
 
-FIXED = ("normalisation", "recipe", "steps", "k", "bootstrap")
+FIXED = ("normalisation", "recipe", "steps", "precision", "k", "bootstrap")
 """Settings that decide a score, beside the data set."""
 
 
@@ -36,7 +37,7 @@ def plan(
     ]  # fmt: skip
 
 
-def fixed_of(options: Any, task: Task) -> dict[str, Any]:
+def fixed_of(options: ScoringOptions, task: Task) -> dict[str, Any]:
     """What decides the score of every point of a command: the data set, and the settings in `FIXED`."""
     return {"dataset": identity_of(task), **{name: getattr(options, name) for name in FIXED}}
 

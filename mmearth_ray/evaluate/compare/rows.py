@@ -14,13 +14,14 @@ from mmearth_ray.evaluate.compare.points import Point, Result
 from mmearth_ray.evaluate.datasets.task import Goal, TaskInfo
 from mmearth_ray.evaluate.protocols.frozen import C_COUNT, C_START, C_STOP
 from mmearth_ray.evaluate.protocols.metrics import primary
-from mmearth_ray.evaluate.protocols.names import PLAIN
+from mmearth_ray.evaluate.protocols.names import PLAIN, TRAINED
 
 COLUMNS = (
     "dataset", "method", "metric_name", "metric_value", "ci_lower", "ci_upper", "feature_dim", "best_c", "best_lr",
     "best_batch_size", "n_train", "n_val", "n_test", "seed", "model", "name", "normalization", "image_size", "interpolation",
     "partition", "bands", "c_range_start", "c_range_stop", "c_range_num", "merge_val", "bootstrap",
-    "fraction", "recipe", "parameters", "seconds_features", "seconds_fit", "absent_classes", "digest", "role", "failure",
+    "fraction", "recipe", "precision", "parameters", "seconds_features", "seconds_fit", "absent_classes", "digest", "role",
+    "failure",
 )  # fmt: skip
 
 
@@ -65,7 +66,8 @@ def _about(entry: Planned, info: TaskInfo) -> dict[str, Any]:
         "dataset": info.name, "method": method(point.protocol, int(fixed["k"])), "seed": point.seed, "model": subject.spec,
         "name": point.label, "normalization": normalisation, "image_size": info.height, "interpolation": "none",
         "partition": partition(point.fraction), "bands": ",".join(bands), "merge_val": False, "bootstrap": fixed["bootstrap"],
-        "fraction": point.fraction, "recipe": "" if point.protocol in PLAIN else fixed["recipe"], "digest": subject.digest,
+        "fraction": point.fraction, "recipe": "" if point.protocol in PLAIN else fixed["recipe"],
+        "precision": fixed["precision"] if point.protocol in TRAINED else "fp32", "digest": subject.digest,
         "parameters": subject.parameters, "role": str(entry.contender.role), **swept,
     }  # fmt: skip
 

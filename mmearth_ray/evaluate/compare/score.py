@@ -146,6 +146,7 @@ def _trained(case: Case, *, frozen: bool) -> tuple[Outcome, dict[str, Any]]:
     return finetune(
         work.point.subject, case.task, case.rows, normalisation=str(fixed["normalisation"]), recipe=str(fixed["recipe"]),
         seed=case.seed, steps=fixed["steps"], threads=work.threads, frozen=frozen, device=work.device,
+        precision=str(fixed["precision"]),
     )  # fmt: skip
 
 

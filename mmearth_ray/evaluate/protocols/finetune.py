@@ -41,6 +41,7 @@ class Tuning:
     target: Target
     task: Task
     device: str
+    precision: str
 
     @property
     def at_once(self) -> int:
@@ -50,7 +51,8 @@ class Tuning:
     def outputs(self, images_BCHW: np.ndarray) -> Tensor:
         """Scores (B, K), or (B, K, H, W) of exactly the image's size."""
         raw = torch.from_numpy(np.ascontiguousarray(images_BCHW)).to(self.device)
-        scores: Tensor = self.model(self.prepare(raw))
+        with torch.autocast(torch.device(self.device).type, torch.bfloat16, enabled=self.precision == "bf16"):
+            scores: Tensor = self.model(self.prepare(raw)).float()
         return scores[..., : raw.shape[2], : raw.shape[3]] if scores.ndim == 4 else scores
 
 
@@ -67,11 +69,13 @@ def finetune(
     threads: int = 1,
     frozen: bool = False,
     device: str = "cpu",
+    precision: str = "fp32",
 ) -> tuple[Outcome, dict[str, Any]]:
     """Train on the training rows by a recipe, at most `steps` steps, and predict the test rows; what was chosen, for reports.
 
-    Seed, threads and device decide the result to the last bit on a CPU.  Raises UsageError for settings that do not go
-    together, DataError for images that give outputs that are not finite.
+    In the precision bf16 matrices and convolutions run in bfloat16, in training and test; weights and losses are float32.
+    Seed, threads, precision and device decide the result to the last bit on a CPU.  Raises UsageError for settings that do
+    not go together, DataError for images that give outputs that are not finite.
     """
     plan = tuning_recipe(recipe, task.info.goal)
     generator = torch.Generator().manual_seed(seed * 10_000 + STREAM)
@@ -79,13 +83,13 @@ def finetune(
         pictures = Pictures(task, rows.train)
         if task.info.goal is Goal.SEGMENTATION and not (pictures.labels >= 0).any():
             raise DataError(f"{task.info.name}: no pixel of the training images has a label, a segmentation needs some")
-        tuning = _tuning(subject, task, pictures.labels, normalisation, plan, frozen, generator, device)
+        tuning = _tuning(subject, task, pictures.labels, normalisation, plan, frozen, generator, device, precision)
         size = min(batch or plan.batch, len(pictures))
         planned = plan.steps(len(pictures), size, steps)
         best_step = _fit(tuning, plan, pictures, rows, size, planned, frozen, generator)
-        outcome, _ = predict(tuning, rows.test, "test")
+        outcome, _ = predict(tuning, Pictures(task, rows.test), "test")
     chosen = {"recipe": plan.name, "best_lr": plan.rates[0], "best_batch_size": size, "steps": planned, "best_step": best_step,
-              "frozen": frozen, "normalisation": tuning.prepare.feed.normalisation,
+              "frozen": frozen, "precision": precision, "normalisation": tuning.prepare.feed.normalisation,
               "absent_bands": list(tuning.prepare.feed.absent)}  # fmt: skip
     return outcome, chosen
 
@@ -99,6 +103,7 @@ def _tuning(
     frozen: bool,
     generator: torch.Generator,
     device: str,
+    precision: str,
 ) -> Tuning:
     prepare = Preparation(feed_of(subject, task.info, normalisation), subject.patch)
     encoder = build(subject)
@@ -110,7 +115,7 @@ def _tuning(
     if plan.drop_path and not frozen:
         add_drop_path(encoder, plan.drop_path, generator)
     target = target_of(task.info.goal, labels, plan.smoothing)
-    return Tuning(subject.name, model.to(device), prepare.to(device), target, task, device)
+    return Tuning(subject.name, model.to(device), prepare.to(device), target, task, device, precision)
 
 
 def _fit(
@@ -125,6 +130,7 @@ def _fit(
 ) -> int:
     """Train in place; the step that the weights are of."""
     model, goal = tuning.model, tuning.task.info.goal
+    valid = Pictures(tuning.task, rows.valid) if plan.best else None
 
     def loss_of(places: Tensor, step: int) -> Tensor:
         model.resting = frozen or step <= plan.frozen_share * steps
@@ -134,7 +140,8 @@ def _fit(
         return tuning.target.loss(tuning.outputs(images), torch.from_numpy(labels).to(tuning.device))
 
     def validate() -> Score:
-        outcome, loss = predict(tuning, rows.valid, "valid")
+        assert valid is not None
+        outcome, loss = predict(tuning, valid, "valid")
         _to_training(model, frozen)
         value = outcome.primary()
         return value if np.isfinite(value) else -np.inf, -loss
@@ -170,7 +177,7 @@ def _to_training(model: nn.Module, frozen: bool) -> None:
 
 
 @torch.no_grad()
-def predict(tuning: Tuning, rows: np.ndarray, split: str) -> tuple[Outcome, float]:
+def predict(tuning: Tuning, pictures: Pictures, split: str) -> tuple[Outcome, float]:
     """What the model says of images, and the mean loss over them.  Leaves the model in eval mode.
 
     Raises DataError naming the first image whose outputs are not finite.
@@ -178,30 +185,30 @@ def predict(tuning: Tuning, rows: np.ndarray, split: str) -> tuple[Outcome, floa
     task, target = tuning.task, tuning.target
     tuning.model.eval()
     found, losses = [], []
-    for part, outputs, truth in _outputs(tuning, rows, split):
+    for part, outputs, truth in _outputs(tuning, pictures, split):
         losses.append(len(part) * float(target.loss(outputs, torch.from_numpy(truth).to(outputs.device))))
         said = target.predict(outputs)
         if task.info.goal is Goal.SEGMENTATION:
             classes = len(task.info.classes)
             said = np.stack([confusion_of(t, s, classes) for t, s in zip(truth, said, strict=True)])
         found.append(said)
-    loss, prediction = sum(losses) / len(rows), np.concatenate(found)
+    loss, rows, prediction = sum(losses) / len(pictures), pictures.rows, np.concatenate(found)
     if task.info.goal is Goal.SEGMENTATION:
         return Outcome(task.info.goal, task.info.outputs, task.ids[rows], confusion=prediction), loss
     return Outcome(task.info.goal, task.info.outputs, task.ids[rows], task.labels(rows), prediction), loss
 
 
-def _outputs(tuning: Tuning, rows: np.ndarray, split: str) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
-    """Rows, outputs and labels of some images at a time."""
-    task = tuning.task
-    for start in range(0, len(rows), tuning.at_once):
-        part = rows[start : start + tuning.at_once]
-        outputs = tuning.outputs(task.images(part))
+def _outputs(tuning: Tuning, pictures: Pictures, split: str) -> Iterator[tuple[np.ndarray, Tensor, np.ndarray]]:
+    """Places, outputs and labels of some images at a time."""
+    for start in range(0, len(pictures), tuning.at_once):
+        part = np.arange(start, min(start + tuning.at_once, len(pictures)))
+        images, labels = pictures(part)
+        outputs = tuning.outputs(images)
         wrong = ~outputs.isfinite().flatten(1).all(dim=1)
         if wrong.any():
-            image = task.ids[part[int(wrong.int().argmax())]]
+            image = tuning.task.ids[pictures.rows[part[int(wrong.int().argmax())]]]
             raise DataError(
                 f"outputs of encoder '{tuning.name}' for image '{image}' of the {split} split are not finite; check the values "
                 "of the image and the normalisation"
             )
-        yield part, outputs, task.labels(part)
+        yield part, outputs, labels

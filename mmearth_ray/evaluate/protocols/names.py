@@ -16,6 +16,9 @@ PLAIN = FROZEN[:2]
 NORMALISATIONS = ("dataset", "pretraining")
 """Those of `feeding`, told here for the same reason."""
 
+PRECISIONS = ("fp32", "bf16")
+"""Of encoders that are trained themselves."""
+
 MEANING = {
     "knn": "k nearest neighbours", "logistic": "logistic regression", "probe": "linear probe",
     "decoder": "head on the frozen encoder", "finetune": "fine-tuning",

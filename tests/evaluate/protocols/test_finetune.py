@@ -11,7 +11,9 @@ from tiny_task import tiny_task
 from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.evaluate.datasets.task import Goal, Task
 from mmearth_ray.evaluate.features.encoders import Structure, build, open_subject, random_twin
-from mmearth_ray.evaluate.protocols.finetune import finetune
+from mmearth_ray.evaluate.protocols.finetune import _fit, _tuning, finetune
+from mmearth_ray.evaluate.protocols.pictures import Pictures
+from mmearth_ray.evaluate.protocols.recipes import tuning_recipe
 from mmearth_ray.evaluate.protocols.splits import Round, rounds, subset
 
 ATTO = open_subject("random:atto/8")
@@ -32,6 +34,25 @@ def test_supervised_training_from_scratch_learns_each_goal(tmp_path: Path, goal:
     assert outcome.ids.tolist() == task.ids[task.rows("test")].tolist()
     assert {"best_lr": 5e-4, "best_batch_size": 16, "steps": steps}.items() <= chosen.items()
     assert 1 <= chosen["best_step"] <= steps
+
+
+@pytest.mark.parametrize("goal", [Goal.SINGLE, Goal.SEGMENTATION])
+def test_in_bf16_it_learns_as_well_and_its_numbers_are_others(tmp_path: Path, goal: Goal) -> None:
+    task = tiny_task(tmp_path / "task", goal, images=40, size=8)
+    found = {p: finetune(SUBJECT, task, rounds(task)[0], steps=25, batch=8, precision=p) for p in ("fp32", "bf16")}
+    assert all(outcome.primary() > 0.5 for outcome, _ in found.values())
+    assert {p: chosen["precision"] for p, (_, chosen) in found.items()} == {p: p for p in found}
+    tuned = {p: weights_after(task, p) for p in found}
+    assert all(weight.dtype == torch.float32 for weight in tuned["bf16"].values())
+    assert not all(torch.equal(weight, tuned["bf16"][name]) for name, weight in tuned["fp32"].items())
+
+
+def weights_after(task: Task, precision: str) -> dict[str, torch.Tensor]:
+    rows, plan = few(task), tuning_recipe("converged", task.info.goal)
+    pictures, generator = Pictures(task, rows.train), torch.Generator().manual_seed(0)
+    tuning = _tuning(SUBJECT, task, pictures.labels, "dataset", plan, False, generator, "cpu", precision)
+    _fit(tuning, plan, pictures, rows, 8, 2, False, generator)
+    return tuning.model.state_dict()
 
 
 @pytest.mark.parametrize("size", [16, 13])
@@ -108,10 +129,10 @@ def test_outputs_that_are_not_finite_name_encoder_image_and_split(tmp_path: Path
         return images
 
     monkeypatch.setattr(Task, "images", broken)
+    monkeypatch.setattr("mmearth_ray.evaluate.protocols.pictures.MOST_BYTES", 0)  # floats as they are
     with pytest.raises(DataError, match=f"encoder 'small' for image '{task.ids[found.test[2]]}' of the test split"):
         finetune(SUBJECT, task, few(task), steps=1, recipe="published")
     monkeypatch.setattr(Task, "images", lambda self, rows: np.full_like(broken(self, rows), 3e38))
-    monkeypatch.setattr("mmearth_ray.evaluate.protocols.pictures.MOST_BYTES", 0)
     with pytest.raises(DataError, match="fine-tuning encoder 'small' on tiny-single-label: the loss is not finite at step 1"):
         finetune(SUBJECT, task, few(task), steps=1)
 
