@@ -34,11 +34,11 @@ MAX_FILE, MAX_FUNCTION = 300, 60
 
 # A room (a module or a sub-package of mmearth_ray) imports from itself and from rooms before it.
 ROOMS = ("", "errors", "patience", "storage", "copies", "files", "modalities", "progress", "plain", "settings",
-         "commands", "cluster", "report", "keys", "config", "shards", "stream", "model", "losses", "objective",
+         "commands", "cluster", "tasks", "report", "keys", "config", "shards", "stream", "model", "losses", "objective",
          "checkpoints", "experiment", "evaluate", "train", "adapters", "pretrain", "plan", "doctor", "__main__")  # fmt: skip
 # Packages that only these modules may import, at any scope; a name ending in a dot stands for a whole room.
 ONLY_IN = {
-    "ray": ("cluster", "shards.build", "stream.pipeline", "train.board", "train.launch", "train.room", "evaluate.",
+    "ray": ("cluster", "tasks", "shards.build", "stream.pipeline", "train.board", "train.launch", "train.room", "evaluate.",
             "doctor.cluster"),
     "deepspeed": ("train.zero",),
     "sklearn": ("evaluate.",),

@@ -11,12 +11,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
 import numpy as np
 import ray
-from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
 
 from mmearth_ray.cluster import join_or_start
 from mmearth_ray.errors import DataError, UsageError
@@ -28,6 +28,7 @@ from mmearth_ray.shards.metadata import write_metadata
 from mmearth_ray.shards.schema import TileBlock
 from mmearth_ray.shards.write import ShardRecord, write_shard
 from mmearth_ray.storage import REQUESTS, Location, exists, is_file, is_remote, names, read_bytes, remove, sizes
+from mmearth_ray.tasks import in_turn, result_of
 
 BUILDING = ".building"
 
@@ -159,35 +160,10 @@ def _run(
     join_or_start(workers)
     task = ray.remote(num_cpus=1, max_retries=3)(_write)
     held = ray.put(source)
-    waiting = list(jobs.items())
-    running: dict[Any, int] = {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < 2 * workers:
-                index, (start, stop) = waiting.pop(0)
-                running[task.remote(out, index, held, start, stop, tile_size, compression)] = index
-            ready, _ = ray.wait(list(running), num_returns=1)
-            for reference in ready:
-                yield running.pop(reference), _result(reference)
-    finally:
-        for reference in running:
-            ray.cancel(reference)
-        if running:  # a cancelled writer removes what it has begun
-            ray.wait(list(running), num_returns=len(running), timeout=60)
-
-
-def _result(reference: Any) -> ShardRecord:
-    try:
-        return ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, DataError):
-            raise DataError(str(error.cause)) from error
-        raise
-    except (NodeDiedError, OutOfMemoryError, WorkerCrashedError) as error:
-        raise DataError(
-            f"a worker died while it wrote a shard ({type(error).__name__}); run the command again, perhaps with fewer "
-            "workers: finished shards are kept"
-        ) from error
+    start = lambda job: task.remote(out, job[0], held, *job[1], tile_size, compression)  # noqa: E731
+    result = partial(result_of, doing="wrote a shard", kept="shards")
+    for (index, _), record in in_turn(jobs.items(), start, result, lambda: 2 * workers):
+        yield index, record
 
 
 def _write(

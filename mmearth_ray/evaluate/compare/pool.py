@@ -40,22 +40,13 @@ def run_jobs(
     import ray
 
     from mmearth_ray.cluster import join_or_start
+    from mmearth_ray.tasks import in_turn
 
     join_or_start((workers or max(1, (os.cpu_count() or 1) // cpus)) * cpus)
     _require_room(cpus, gpus)
     task = ray.remote(num_cpus=cpus, num_gpus=gpus, max_retries=RETRIES)(_guarded)
-    waiting, running = list(reversed(jobs)), {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < (workers or _places(cpus, gpus)):
-                job = waiting.pop()
-                running[task.remote(work, job)] = job
-            ready, _ = ray.wait(list(running), num_returns=1)
-            for reference in ready:
-                yield running.pop(reference), _result(reference)
-    finally:
-        for reference in running:
-            ray.cancel(reference, force=True)
+    places = lambda: workers or _places(cpus, gpus)  # noqa: E731
+    yield from in_turn(jobs, lambda job: task.remote(work, job), _result, places, kill=True)
 
 
 def _guarded(work: Callable[[Job], Any], job: Job) -> Any:

@@ -8,8 +8,8 @@ import platform
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -54,45 +54,15 @@ def _run_tasks(jobs: dict[int, PartJob], threads: int, gpu: bool, workers: int |
     import ray
 
     from mmearth_ray.cluster import join_or_start
+    from mmearth_ray.tasks import in_turn, result_of
 
     join_or_start((workers or max(1, (os.cpu_count() or 1) // threads)) * threads)
     if gpu and not ray.cluster_resources().get("GPU"):
         raise UsageError("gpus=true, and Ray knows of no GPU; leave the key out, or start Ray where there is one")
     task = ray.remote(num_cpus=threads, num_gpus=int(gpu), max_retries=3)(compute_part)
-    waiting, running = list(jobs.items()), {}
-    try:
-        while waiting or running:
-            while waiting and len(running) < (workers or len(jobs)):
-                index, job = waiting.pop(0)
-                running[task.remote(job)] = index
-            ready, _ = ray.wait(list(running), num_returns=1)
-            for reference in ready:
-                index = running.pop(reference)
-                _await(reference)
-                yield index
-    finally:
-        for reference in running:
-            ray.cancel(reference)
-        if running:  # a cancelled task removes what it has begun
-            ray.wait(list(running), num_returns=len(running), timeout=60)
-
-
-def _await(reference: Any) -> None:
-    """Raises the task's error as if it were raised here."""
-    import ray
-    from ray.exceptions import NodeDiedError, OutOfMemoryError, RayTaskError, WorkerCrashedError
-
-    try:
-        ray.get(reference)
-    except RayTaskError as error:
-        if isinstance(error.cause, DataError | UsageError):
-            raise type(error.cause)(str(error.cause)) from error
-        raise
-    except (NodeDiedError, OutOfMemoryError, WorkerCrashedError) as error:
-        raise DataError(
-            f"a worker died while it computed features ({type(error).__name__}); run the command again, perhaps with fewer "
-            "workers: finished parts are kept"
-        ) from error
+    start, result = lambda job: task.remote(job[1]), partial(result_of, doing="computed features", kept="parts")
+    for (index, _), _ in in_turn(jobs.items(), start, result, lambda: workers or len(jobs)):
+        yield index
 
 
 def compute_part(job: PartJob) -> None:
