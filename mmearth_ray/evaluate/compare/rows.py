@@ -12,7 +12,7 @@ from typing import Any
 from mmearth_ray.evaluate.compare.planning import Planned
 from mmearth_ray.evaluate.compare.points import Point, Result
 from mmearth_ray.evaluate.datasets.task import Goal, TaskInfo
-from mmearth_ray.evaluate.protocols.frozen import C_COUNT, C_START, C_STOP
+from mmearth_ray.evaluate.protocols.logistic import C_COUNT, C_START, C_STOP
 from mmearth_ray.evaluate.protocols.metrics import primary
 from mmearth_ray.evaluate.protocols.names import PLAIN, TRAINED
 

@@ -21,8 +21,9 @@ from mmearth_ray.evaluate.features.compute import Features, compute
 from mmearth_ray.evaluate.features.extraction import torch_threads
 from mmearth_ray.evaluate.protocols.cells import run_cells
 from mmearth_ray.evaluate.protocols.finetune import finetune
-from mmearth_ray.evaluate.protocols.frozen import Fit, fit_knn, fit_logistic, run_frozen
+from mmearth_ray.evaluate.protocols.frozen import Fit, fit_knn, run_frozen
 from mmearth_ray.evaluate.protocols.intervals import bootstrap
+from mmearth_ray.evaluate.protocols.logistic import fit_logistic
 from mmearth_ray.evaluate.protocols.metrics import Outcome, join
 from mmearth_ray.evaluate.protocols.names import TRAINED
 from mmearth_ray.evaluate.protocols.probe import fit_probe

@@ -19,7 +19,8 @@ from mmearth_ray.evaluate.during.requests import ENCODER, REQUEST
 from mmearth_ray.evaluate.features.encoders import Subject, open_subject
 from mmearth_ray.evaluate.features.extraction import extractor
 from mmearth_ray.evaluate.features.feeding import feed_of
-from mmearth_ray.evaluate.protocols.frozen import fit_knn, fit_logistic, run_frozen
+from mmearth_ray.evaluate.protocols.frozen import fit_knn, run_frozen
+from mmearth_ray.evaluate.protocols.logistic import fit_logistic
 from mmearth_ray.evaluate.protocols.metrics import primary
 
 PROTOCOLS = {"knn": fit_knn, "logistic": fit_logistic}

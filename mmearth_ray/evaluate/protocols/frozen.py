@@ -1,4 +1,4 @@
-"""Protocols on frozen features that need no gradient: nearest neighbours, logistic regression, ridge regression.
+"""Protocols on frozen features: what they have in common, and nearest neighbours.
 
 A `Fit` takes features and labels of training and validation and gives a `Fitted`, which predicts; `run_frozen` makes an
 `Outcome` of one.  Labels are as `Task.labels` gives them; of SEGMENTATION a sample is a cell of a map and its label a class.
@@ -6,7 +6,6 @@ A `Fit` takes features and labels of training and validation and gives a `Fitted
 Shapes: n images (or cells), D features, K classes.
 """
 
-import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -15,17 +14,10 @@ import numpy as np
 
 from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.evaluate.datasets.task import Goal, Task
-from mmearth_ray.evaluate.protocols.metrics import Outcome, confusion_of
+from mmearth_ray.evaluate.protocols.metrics import Outcome
 from mmearth_ray.evaluate.protocols.splits import Round
 
 NEIGHBOURS = 5
-C_START, C_STOP, C_COUNT = -4, 4, 9
-"""log10 of the inverse strengths of regularisation that are tried (torchgeo-bench sweeps from -6 to 4), and how many."""
-ALPHA_START, ALPHA_STOP, ALPHA_COUNT = -4, 6, 11
-"""log10 of ridge's penalties: features are standardised, so that a penalty of n halves the weight of a lone feature."""
-ITERATIONS = 1000
-TOLERANCE = 1e-6  # of the mean loss's gradient; with scikit-learn's 1e-4 a weak C would end where a stronger one began
-CONSTANT = 1e-6  # a feature that varies less than this share of its mean is constant to the precision of float32
 
 Predict: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
@@ -56,21 +48,6 @@ Fit: TypeAlias = Callable[[np.ndarray, np.ndarray, np.ndarray, np.ndarray], Fitt
 def knn(X_train: np.ndarray, y_train: np.ndarray, X_test: np.ndarray, goal: Goal, classes: int, k: int = NEIGHBOURS) -> Answer:
     """Predictions of `fit_knn` for X_test."""
     fitted = fit_knn(X_train, y_train, X_train[:0], y_train[:0], goal=goal, classes=classes, k=k)
-    require_finite(X_test, "test")
-    return Answer(fitted.predict(X_test), fitted.chosen)
-
-
-def logistic(
-    X_train: np.ndarray,
-    y_train: np.ndarray,
-    X_valid: np.ndarray,
-    y_valid: np.ndarray,
-    X_test: np.ndarray,
-    goal: Goal,
-    classes: int,
-) -> Answer:
-    """Predictions of `fit_logistic` for X_test: of a ridge regression where the goal is REGRESSION."""
-    fitted = fit_logistic(X_train, y_train, X_valid, y_valid, goal=goal, classes=classes)
     require_finite(X_test, "test")
     return Answer(fitted.predict(X_test), fitted.chosen)
 
@@ -125,7 +102,7 @@ def fit_knn(
 
     if k < 1:
         raise UsageError(f"k must be at least 1 neighbour; got {k}")
-    _require(X_train, y_train, "train")
+    require(X_train, y_train, "train")
     mean_D = X_train.mean(axis=0, dtype=np.float64)
     neighbours = min(k, len(X_train))
     index = NearestNeighbors(n_neighbors=neighbours, algorithm="brute", metric="cosine").fit(X_train - mean_D)
@@ -148,137 +125,8 @@ def _vote(classes_nk: np.ndarray, classes: int) -> np.ndarray:
     return weight_nK.argmax(axis=1)
 
 
-def fit_logistic(
-    X_train: np.ndarray, y_train: np.ndarray, X_valid: np.ndarray, y_valid: np.ndarray, *, goal: Goal, classes: int
-) -> Fitted:
-    """Logistic regression on features standardised by the training samples; C is the best on validation, of equals the least.
-
-    Best by the primary metric.  MULTI: one against the rest, one C for all; a class without positives has probability 0, one
-    without negatives 1.  Of one class alone, that class is predicted.  REGRESSION: ridge, whose penalty is chosen by squared
-    error, of equals the largest.  Raises DataError for features that are not finite, and without training or validation.
-    """
-    _require(X_train, y_train, "train")
-    _require(X_valid, y_valid, "valid")
-    scaler = Standardised(X_train)
-    X, V = scaler(X_train), scaler(X_valid)
-    if goal is Goal.REGRESSION:
-        best, chosen = _ridge(X, y_train, V, y_valid)
-    elif goal is Goal.MULTI:
-        best, chosen = _one_against_rest(X, y_train, V, y_valid, classes)
-    else:
-        best, chosen = _multinomial(X, y_train, V, y_valid, goal, classes)
-    return Fitted(lambda Z: best(scaler(Z)) if len(Z) else y_train[:0], chosen)
-
-
-class Standardised:
-    """Features less the mean, over the standard deviation, of training samples; a constant feature is centred only."""
-
-    def __init__(self, X_train: np.ndarray) -> None:
-        self.mean_D = X_train.mean(axis=0, dtype=np.float64)
-        std_D = X_train.std(axis=0, dtype=np.float64)
-        self.std_D = np.where(std_D > CONSTANT * np.abs(self.mean_D), std_D, 1.0)
-
-    def __call__(self, X: np.ndarray) -> np.ndarray:
-        """float64 (n, D)."""
-        return (X - self.mean_D) / self.std_D
-
-
-def score(goal: Goal, classes: int, truth: np.ndarray, prediction: np.ndarray) -> float:
-    """What settings are chosen by: the primary metric, or minus the squared error of REGRESSION (which orders alike, and is
-    defined for any truth); minus infinity where it is undefined."""
-    if goal is Goal.REGRESSION:
-        return -float(np.mean((truth - prediction) ** 2))
-    ids = np.arange(len(truth)).astype(object)
-    if goal is Goal.SEGMENTATION:
-        outcome = Outcome(goal, classes, ids[:1], confusion=confusion_of(truth, prediction, classes)[None])
-    else:
-        outcome = Outcome(goal, classes, ids, truth, prediction)
-    value = outcome.primary()
-    return value if np.isfinite(value) else -np.inf
-
-
-def _multinomial(
-    X: np.ndarray, y: np.ndarray, V: np.ndarray, y_valid: np.ndarray, goal: Goal, classes: int
-) -> tuple[Predict, dict[str, Any]]:
-    if len(np.unique(y)) == 1:
-        only = y[0]
-        return lambda Z: np.full(len(Z), only, np.int64), {"best_c": None, "only_class": int(only)}
-    model, best, kept = _regression(), -np.inf, None
-    for strength in np.logspace(C_START, C_STOP, C_COUNT):
-        converged = _fit_quietly(model.set_params(C=strength), X, y)
-        found = score(goal, classes, y_valid, model.predict(V))
-        if kept is None or found > best:
-            best, kept = found, (float(strength), model.coef_.copy(), model.intercept_.copy(), converged)
-    assert kept is not None  # there is at least one strength
-    best_c, weight_KD, bias_K, converged = kept
-    known, binary = model.classes_, len(weight_KD) == 1
-
-    def predict(Z: np.ndarray) -> np.ndarray:
-        logits = Z @ weight_KD.T + bias_K
-        return known[(logits[:, 0] > 0).astype(int) if binary else logits.argmax(axis=1)].astype(np.int64)
-
-    return predict, {"best_c": best_c, "converged": converged}
-
-
-def _one_against_rest(
-    X: np.ndarray, y_nK: np.ndarray, V: np.ndarray, y_valid_nK: np.ndarray, classes: int
-) -> tuple[Predict, dict[str, Any]]:
-    y_nK = y_nK > 0
-    learnt = np.flatnonzero(y_nK.any(axis=0) & ~y_nK.all(axis=0))
-    models = [_regression() for _ in learnt]
-    # A class that all samples have, or none, has a logit that gives probability 1 or 0.
-    fixed_K = np.where(y_nK.all(axis=0), np.inf, -np.inf)
-    best, kept = -np.inf, None
-    for strength in np.logspace(C_START, C_STOP, C_COUNT):
-        weight_KD, bias_K, converged = np.zeros((classes, X.shape[1])), fixed_K.copy(), True
-        for model, number in zip(models, learnt, strict=True):
-            converged &= _fit_quietly(model.set_params(C=strength), X, y_nK[:, number])
-            weight_KD[number], bias_K[number] = model.coef_[0], model.intercept_[0]
-        found = score(Goal.MULTI, classes, y_valid_nK, sigmoid(V @ weight_KD.T + bias_K))
-        if kept is None or found > best:
-            best, kept = found, (float(strength), weight_KD, bias_K, converged)
-    assert kept is not None  # there is at least one strength
-    best_c, best_KD, best_K, converged = kept
-    return lambda Z: sigmoid(Z @ best_KD.T + best_K), {"best_c": best_c, "converged": converged}
-
-
-def _ridge(X: np.ndarray, y: np.ndarray, V: np.ndarray, y_valid: np.ndarray) -> tuple[Predict, dict[str, Any]]:
-    from sklearn.linear_model import Ridge
-
-    best, kept, penalty = -np.inf, None, 0.0
-    for alpha in np.logspace(ALPHA_STOP, ALPHA_START, ALPHA_COUNT):
-        model = Ridge(alpha=alpha, solver="svd").fit(X, y)  # svd: exact for any penalty, however alike the features are
-        found = score(Goal.REGRESSION, 1, y_valid, model.predict(V))
-        if kept is None or found > best:
-            best, kept, penalty = found, model, float(alpha)
-    assert kept is not None  # there is at least one penalty
-    return kept.predict, {"best_alpha": penalty}
-
-
-def _regression() -> Any:
-    from sklearn.linear_model import LogisticRegression
-
-    # Newton's method: on few images and a weak C, L-BFGS needs a hundred times as many iterations, and stops before the end.
-    return LogisticRegression(solver="newton-cg", max_iter=ITERATIONS, tol=TOLERANCE, warm_start=True)
-
-
-def _fit_quietly(model: Any, X: np.ndarray, y: np.ndarray) -> bool:
-    """Fit, starting from the weights of the smaller C; whether it converged."""
-    from sklearn.exceptions import ConvergenceWarning
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)
-        warnings.filterwarnings("ignore", message="(?i).*line search")  # the last digits cannot be improved
-        model.fit(X, y)
-    return bool(np.max(model.n_iter_) < ITERATIONS)
-
-
-def sigmoid(logits: np.ndarray) -> np.ndarray:
-    """Probabilities of logits, exact for any size."""
-    return 0.5 * (1 + np.tanh(0.5 * logits))
-
-
-def _require(X: np.ndarray, y: np.ndarray, split: str) -> None:
+def require(X: np.ndarray, y: np.ndarray, split: str) -> None:
+    """Raise DataError for features that are not finite, or none at all."""
     assert len(X) == len(y)
     if not len(X):
         raise DataError(f"the {split} split has no image with a label; an evaluation needs at least one")

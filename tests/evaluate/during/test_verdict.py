@@ -25,7 +25,8 @@ from mmearth_ray.evaluate.during.health import health_of
 from mmearth_ray.evaluate.during.held_out import PRODUCT_OF_EACH, round_of
 from mmearth_ray.evaluate.during.requests import ENCODER, REQUEST, RESULT
 from mmearth_ray.evaluate.during.verdict import verdict_on
-from mmearth_ray.evaluate.protocols.frozen import knn, logistic
+from mmearth_ray.evaluate.protocols.frozen import knn
+from mmearth_ray.evaluate.protocols.logistic import logistic
 from mmearth_ray.modalities import DEFAULT_INPUT, PRODUCTS, get
 from mmearth_ray.model.dense import build_dense, start
 

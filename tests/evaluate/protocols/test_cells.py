@@ -10,7 +10,8 @@ from tiny_task import tiny_task
 from mmearth_ray.errors import DataError
 from mmearth_ray.evaluate.datasets.task import Goal, Task
 from mmearth_ray.evaluate.protocols.cells import Grids, majority, run_cells, sampled_cells, spread
-from mmearth_ray.evaluate.protocols.frozen import fit_knn, fit_logistic
+from mmearth_ray.evaluate.protocols.frozen import fit_knn
+from mmearth_ray.evaluate.protocols.logistic import fit_logistic
 from mmearth_ray.evaluate.protocols.metrics import confusion_of
 from mmearth_ray.evaluate.protocols.probe import fit_probe
 from mmearth_ray.evaluate.protocols.splits import rounds

@@ -10,7 +10,8 @@ from tiny_task import tiny_task
 
 from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.evaluate.datasets.task import Goal
-from mmearth_ray.evaluate.protocols.frozen import Fit, fit_logistic, run_frozen
+from mmearth_ray.evaluate.protocols.frozen import Fit, run_frozen
+from mmearth_ray.evaluate.protocols.logistic import fit_logistic
 from mmearth_ray.evaluate.protocols.probe import fit_probe
 from mmearth_ray.evaluate.protocols.recipes import RECIPES, probe_recipe, tuning_recipe
 from mmearth_ray.evaluate.protocols.splits import rounds, subset
