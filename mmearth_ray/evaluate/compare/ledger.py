@@ -74,7 +74,8 @@ def _read(path: Path) -> dict[str, Any] | None:
         return None
     except (OSError, ValueError) as error:
         raise DataError(f"{path} cannot be read ({one_line(error)}); name another folder as out=...") from error
-    if not isinstance(found, dict) or found.get("form") != FORM:
+    whole = isinstance(found, dict) and all(isinstance(found.get(name), dict) for name in ("fixed", "growing", "encoders"))
+    if not whole or found.get("form") != FORM:
         raise DataError(f"{path} is of another form than this version writes ({FORM}); name another folder as out=...")
     return found
 

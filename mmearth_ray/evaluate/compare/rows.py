@@ -30,11 +30,10 @@ def method(protocol: str, k: int) -> str:
     return {"knn": f"knn{k}", "logistic": "linear"}.get(protocol, protocol)
 
 
-def partition(fraction: float) -> str:
-    """GEO-Bench's name of the share of training labels: default, 0.01x_train."""
-    if fraction == 1:
-        return "default"
-    return f"{fraction:.2f}x_train" if round(fraction, 2) == fraction else f"{fraction:g}x_train"
+def partition(fraction: float, info: TaskInfo) -> str:
+    """GEO-Bench's name where all labels of one of its partitions are used; a share of them, drawn here, has a name of ours."""
+    whole = str(info.origin.get("partition", "default"))
+    return whole if fraction == 1 else f"own {fraction:g} of {whole}"
 
 
 def to_csv(
@@ -65,8 +64,9 @@ def _about(entry: Planned, info: TaskInfo) -> dict[str, Any]:
     return {
         "dataset": info.name, "method": method(point.protocol, int(fixed["k"])), "seed": point.seed, "model": subject.spec,
         "name": point.label, "normalization": normalisation, "image_size": info.height, "interpolation": "none",
-        "partition": partition(point.fraction), "bands": ",".join(bands), "merge_val": False, "bootstrap": fixed["bootstrap"],
-        "fraction": point.fraction, "recipe": "" if point.protocol in PLAIN else fixed["recipe"],
+        "partition": partition(point.fraction, info), "bands": ",".join(bands), "merge_val": False,
+        "bootstrap": fixed["bootstrap"], "fraction": point.fraction,
+        "recipe": "" if point.protocol in PLAIN else fixed["recipe"],
         "precision": fixed["precision"] if point.protocol in TRAINED else "fp32", "digest": subject.digest,
         "parameters": subject.parameters, "role": str(entry.contender.role), **swept,
     }  # fmt: skip

@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from mmearth_ray.evaluate.compare import tables
 from mmearth_ray.evaluate.compare.contenders import Role
@@ -9,6 +10,7 @@ from mmearth_ray.evaluate.compare.panels import SHOWN, curves, share, sizes
 from mmearth_ray.evaluate.compare.summary import Summary
 from mmearth_ray.evaluate.datasets.task import Task
 from mmearth_ray.evaluate.protocols.metrics import primary
+from mmearth_ray.evaluate.protocols.names import MEANING
 from mmearth_ray.report.efficiency import Efficiency
 
 MOST_ABSENT = 8  # classes named in a note
@@ -40,7 +42,8 @@ def tell(summary: Summary, task: Task, about: Circumstances) -> Efficiency:
         findings=tables.findings(summary), curves=curves(summary, metric), sizes=sizes(summary, metric),
         scores=tables.score_table(summary), differences=tables.difference_table(summary),
         encoders=tables.encoder_table(summary, info, about.normalisation), failures=tables.failures(summary),
-        notes=[*reading(metric, about, bool(info.folds)), *absences(summary), *info.notes], machine=machine(summary, about),
+        notes=[*reading(metric, about, bool(info.folds)), *absences(summary), *unfinished(summary), *info.notes],
+        machine=machine(summary, about),
     )  # fmt: skip
 
 
@@ -76,6 +79,35 @@ def absences(summary: Summary) -> list[str]:
         for fraction, names in sorted(found.items())
         if names
     ]
+
+
+def unfinished(summary: Summary) -> list[str]:
+    """Protocols with trainings that were best on validation at their last step, or fits that did not converge."""
+    notes = []
+    for protocol in dict.fromkeys(cell.protocol for cell in summary.cells.values()):
+        results = [result for cell in summary.cells.values() if cell.protocol == protocol for result in cell.results.values()]
+        late, stopped = sum(_was_late(r.chosen) for r in results), sum(not all(_each(r.chosen, "converged")) for r in results)
+        what = f"{MEANING[protocol].capitalize()}:"
+        if late:
+            notes.append(
+                f"{what} {late} of {len(results)} points were best on validation at the last step, and may gain by more."
+            )
+        if stopped:
+            notes.append(f"{what} {stopped} of {len(results)} points have a fit that ended before it converged.")
+    return notes
+
+
+def _was_late(chosen: Mapping[str, Any]) -> bool:
+    """Whether the best step of a training, in some fold, was the last; a published recipe always ends there."""
+    best, steps = _each(chosen, "best_step"), _each(chosen, "steps")
+    steps = steps * len(best) if len(steps) == 1 else steps
+    return chosen.get("recipe") == "converged" and any(b == s for b, s in zip(best, steps, strict=True))
+
+
+def _each(chosen: Mapping[str, Any], name: str) -> list[Any]:
+    """Of every fold; one value where all agree, none where nothing is said."""
+    value = chosen.get(name)
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _named(names: set[str]) -> str:

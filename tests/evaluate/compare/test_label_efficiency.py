@@ -74,7 +74,7 @@ def test_the_report_holds_every_encoder_and_baseline_with_intervals(made: Path) 
     found = {(row["name"], row["method"], row["partition"]) for row in rows(made)}
     for name, methods in {"ours": ("knn5", "linear"), "random atto/16": ("knn5", "linear"), "supervised atto/16": ("finetune",),
                           "band statistics": ("knn5", "linear")}.items():  # fmt: skip
-        assert all((name, method, part) in found for method in methods for part in ("0.50x_train", "default"))
+        assert all((name, method, part) in found for method in methods for part in ("own 0.5 of default", "default"))
     primary = [row for row in rows(made) if row["metric_name"] == "accuracy"]
     assert len(primary) == POINTS
     assert all(float(row["ci_lower"]) <= float(row["metric_value"]) <= float(row["ci_upper"]) for row in primary)

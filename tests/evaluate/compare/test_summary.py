@@ -17,7 +17,7 @@ from mmearth_ray.evaluate.compare.planning import Planned
 from mmearth_ray.evaluate.compare.points import Point, Result
 from mmearth_ray.evaluate.compare.rows import COLUMNS, partition, to_csv
 from mmearth_ray.evaluate.compare.summary import Summary, rivals, summarise
-from mmearth_ray.evaluate.compare.telling import absences
+from mmearth_ray.evaluate.compare.telling import absences, unfinished
 from mmearth_ray.evaluate.datasets.task import Goal, TaskInfo
 from mmearth_ray.evaluate.protocols.metrics import Outcome
 
@@ -134,6 +134,26 @@ def test_tables_and_sentences_name_failures_and_differences() -> None:
     assert absences(found)[0].startswith("With 10 % of the labels, in at least one subset no image has a label of: c.")
 
 
+@pytest.mark.parametrize(
+    ("chosen", "said"),
+    [
+        ({"recipe": "converged", "best_step": 40, "steps": 100}, ""),
+        ({"recipe": "converged", "best_step": 100, "steps": 100}, "1 of 1 points were best on validation at the last step"),
+        ({"recipe": "converged", "best_step": [40, 100], "steps": 100}, "1 of 1 points were best"),
+        ({"recipe": "converged", "best_step": [40, 100], "steps": [100, 120]}, ""),
+        ({"recipe": "published", "best_step": 100, "steps": 100}, ""),
+        ({"best_c": 1.0, "converged": True}, ""),
+        ({"best_c": 1.0, "converged": [True, False]}, "1 of 1 points have a fit that ended before it converged"),
+        ({"k": 5}, ""),
+    ],
+)
+def test_trainings_that_might_gain_by_more_steps_are_told(chosen: dict[str, object], said: str) -> None:
+    told = lambda point: replace(result(outcome(5)), chosen=chosen)  # noqa: E731
+    found = unfinished(summarise(PLANNED[:1], Goal.SINGLE, 50, told, lambda point: outcome(5), failure_of))
+    assert len(found) == bool(said)
+    assert said in "".join(found)
+
+
 def test_the_csv_has_torchgeo_benchs_columns_and_a_row_for_every_metric(tmp_path: Path) -> None:
     rows = list(csv.DictReader(io.StringIO(to_csv(PLANNED, INFO, read, failure_of))))
     assert list(rows[0]) == list(COLUMNS)
@@ -145,7 +165,7 @@ def test_the_csv_has_torchgeo_benchs_columns_and_a_row_for_every_metric(tmp_path
     first = rows[0]
     known = {"dataset": "tiny", "method": "knn5", "metric_name": "accuracy", "metric_value": "0.5", "ci_lower": "0.1",
              "n_train": "12", "n_val": "6", "n_test": "40", "seed": "0", "name": "ours", "model": "runs/ours", "partition":
-             "0.10x_train", "bands": "B4,B3", "absent_classes": "c", "failure": ""}  # fmt: skip
+             "own 0.1 of default", "bands": "B4,B3", "absent_classes": "c", "failure": ""}  # fmt: skip
     assert {name: first[name] for name in known} == known
     assert (rows[1]["metric_name"], rows[1]["ci_lower"]) == ("macro_f1", "")
     failed = [row for row in rows if row["failure"]]
@@ -162,7 +182,7 @@ def test_values_that_are_undefined_or_differ_between_folds_are_told_apart() -> N
     assert (row["metric_value"], row["ci_lower"], row["best_c"]) == ("", "", "0.1;10.0")
 
 
-def test_partitions_have_geo_benchs_names() -> None:
-    assert [partition(f) for f in (0.01, 0.1, 0.5, 1.0, 0.005)] == [
-        "0.01x_train", "0.10x_train", "0.50x_train", "default", "0.005x_train",
-    ]  # fmt: skip
+def test_only_a_partition_of_geo_bench_has_its_name() -> None:
+    part = replace(INFO, origin={"kind": "geobench", "partition": "0.05x_train"})
+    assert [partition(f, INFO) for f in (0.01, 0.005, 1.0)] == ["own 0.01 of default", "own 0.005 of default", "default"]
+    assert [partition(f, part) for f in (0.1, 1.0)] == ["own 0.1 of 0.05x_train", "0.05x_train"]
