@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from tiny_encoder import tiny_encoder
 from tiny_points import FIXED
 from tiny_task import tiny_task
 
@@ -30,8 +31,8 @@ def plain() -> Subject:
 
 
 @pytest.fixture(scope="module")
-def encoder() -> Subject:
-    return open_subject("random:atto/16", "tiny")
+def encoder(tmp_path_factory: pytest.TempPathFactory) -> Subject:
+    return open_subject(str(tiny_encoder(tmp_path_factory.mktemp("encoder"), patch=16)), "tiny")
 
 
 def work(task: Task, subject: Subject, protocol: str, fraction: float = 1.0, **fixed: Any) -> Work:
