@@ -15,7 +15,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from mmearth_ray.errors import DataError
+from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.files import write_failure
 from mmearth_ray.storage import Location
 from mmearth_ray.train.tensors import sizes_of
@@ -37,16 +37,19 @@ class Team:
 
     @contextmanager
     def together(self, what: Location) -> Iterator[None]:
-        """A step that all workers take: the end waits for all, and where one failed, DataError is raised on every one."""
+        """A step that all workers take: the end waits for all, and where one failed, DataError is raised on every one.
+
+        A UsageError stays one on the worker that it arose on.
+        """
         failed, said = None, ""
         try:
             yield
-        except DataError as error:
+        except (DataError, UsageError) as error:
             failed, said = error, str(error)
         except (OSError, SafetensorError) as error:
             failed, said = error, write_failure(what, error)
         if said := self.share(said):
-            raise DataError(said) from failed
+            raise (UsageError if isinstance(failed, UsageError) else DataError)(said) from failed
 
 
 def plan(file: str, sizes: Mapping[str, int], limit: int) -> dict[str, list[str]]:

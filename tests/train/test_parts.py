@@ -13,7 +13,7 @@ from tiny_checkpoint import commit, load_tensors, names, same, save, state, tens
 from torch import Tensor
 
 from mmearth_ray import storage
-from mmearth_ray.errors import DataError
+from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.storage import Location, read_bytes
 from mmearth_ray.train import commit as committing
 from mmearth_ray.train.checkpoint import INCOMING, checkpoint_path
@@ -119,6 +119,21 @@ def test_what_one_worker_cannot_write_all_of_them_raise_and_nothing_is_left(
     assert str(raised[0]).startswith(f"no space left on the disk of {tmp_path} while writing step-00000002; free some")
     assert names(tmp_path) == ["step-00000001"]
     assert list((tmp_path / INCOMING).iterdir()) == []
+
+
+@pytest.mark.parametrize("kind", [UsageError, DataError])
+def test_what_one_worker_refuses_reaches_all_of_them(kind: type[Exception], tmp_path: Path) -> None:
+    group = Workers(2)
+
+    def one(rank: int) -> None:
+        with Team(rank, 2, lambda text: group.share(rank, text)).together(tmp_path):
+            if rank == 0:
+                raise kind("eval.task= names no data set")
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [task.exception(60) for task in [pool.submit(one, rank) for rank in range(2)]]
+    assert [type(error) for error in found] == [kind, DataError]
+    assert {str(error) for error in found} == {"eval.task= names no data set"}
 
 
 def test_an_index_that_cannot_be_read_is_a_data_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
