@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import ray
+from ray.exceptions import RayTaskError, TaskCancelledError, WorkerCrashedError
 
 from mmearth_ray.cluster import join_or_start
 from mmearth_ray.errors import DataError, UsageError
@@ -53,25 +54,30 @@ def slow(folder: Path, job: str) -> None:
         while not (folder / "slow.begun").exists():
             time.sleep(0.01)
         raise DataError("tile 7 is damaged")
-    for _ in range(3000):  # Ray interrupts between two steps of Python
-        time.sleep(0.02)
-    (folder / f"{job}.ended").touch()
+    try:
+        while True:  # Ray interrupts between two steps of Python
+            time.sleep(0.02)
+    finally:
+        (folder / f"{job}.tidied").touch()
 
 
 @pytest.mark.parametrize("kill", [True, False])
 def test_an_error_of_one_comes_through_and_ends_those_that_run(tmp_path: Path, kill: bool) -> None:
-    task = ray.remote(num_cpus=0.1, max_retries=0)(slow)
-    found = in_turn(
-        ["slow", "bad", "late"],
-        lambda job: task.remote(tmp_path, job),
-        lambda r: result_of(r, "read", "parts"),
-        lambda: 2,
-        kill=kill,
-    )
+    task, started = ray.remote(num_cpus=0.1, max_retries=0)(slow), {}
+
+    def start(job: str) -> Any:
+        started[job] = task.remote(tmp_path, job)
+        return started[job]
+
+    found = in_turn(["slow", "bad", "late"], start, lambda r: result_of(r, "read", "parts"), lambda: 2, kill=kill)
     with pytest.raises(DataError, match=r"^tile 7 is damaged$"):
         list(found)
-    assert not (tmp_path / "late.begun").exists()
-    assert not (tmp_path / "slow.ended").exists()
+    assert list(started) == ["slow", "bad"]
+    if not kill:
+        assert (tmp_path / "slow.tidied").exists()  # it had time to, and was waited for
+    with pytest.raises((RayTaskError, TaskCancelledError, WorkerCrashedError)):
+        ray.get(started["slow"], timeout=30)
+    assert kill != (tmp_path / "slow.tidied").exists()
 
 
 def test_errors_of_people_are_told_as_they_are_and_a_dead_process_by_name() -> None:

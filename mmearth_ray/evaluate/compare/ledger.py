@@ -13,7 +13,7 @@ from mmearth_ray.errors import DataError, UsageError, one_line
 from mmearth_ray.evaluate.features.encoders import Subject
 from mmearth_ray.files import atomic_text, write_failure
 
-FORM = 1
+FORM = 2
 RUN = "run.json"
 
 

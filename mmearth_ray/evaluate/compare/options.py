@@ -31,7 +31,7 @@ class ScoringOptions:
     recipe: str = key("converged", "how probes and fine-tuning are trained", among=RECIPES)
     normalisation: str = key("dataset", "whose mean and std the bands are normalised by", among=NORMALISATIONS)
     steps: int | None = key(None, "steps of a fine-tuning at most; null: those of the recipe", at_least=1)
-    precision: str = key("fp32", "of fine-tuning; bf16: autocast with float32 weights", among=PRECISIONS)
+    precision: str = key("fp32", "of finetune and decoder; bf16: autocast with float32 weights", among=PRECISIONS)
     k: int = key(5, "neighbours of the knn protocol", at_least=1)
     bootstrap: int = key(1000, "resamples of the test images for intervals", at_least=10)
     workers: int | None = key(None, "points at once; null: as many as Ray has CPUs for; 0: in this process, no Ray", at_least=0)

@@ -21,7 +21,7 @@ from mmearth_ray.errors import DataError
 from mmearth_ray.evaluate.features.encoders import Subject
 from mmearth_ray.files import atomic_text, complete_or_absent, write_failure
 
-FORM = 1
+FORM = 2
 POINTS = "points"
 
 

@@ -2,6 +2,7 @@
 
 Columns and their meaning: github.com/torchgeo/torchgeo-bench, src/torchgeo_bench/main.py, `EvaluationResult`, read 2026-11; of
 ours are those after `bootstrap`.  A point without a score has one row that says why.
+`c_range_*` is the grid, of which a sweep leaves out what comes after its last three worse ones.
 """
 
 import csv

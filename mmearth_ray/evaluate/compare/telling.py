@@ -86,7 +86,7 @@ def unfinished(summary: Summary) -> list[str]:
     notes = []
     for protocol in dict.fromkeys(cell.protocol for cell in summary.cells.values()):
         results = [result for cell in summary.cells.values() if cell.protocol == protocol for result in cell.results.values()]
-        late, stopped = sum(_was_late(r.chosen) for r in results), sum(not all(_each(r.chosen, "converged")) for r in results)
+        late, stopped = sum(_was_late(r.chosen) for r in results), sum(False in _each(r.chosen, "converged") for r in results)
         what = f"{MEANING[protocol].capitalize()}:"
         if late:
             notes.append(
@@ -100,7 +100,8 @@ def unfinished(summary: Summary) -> list[str]:
 def _was_late(chosen: Mapping[str, Any]) -> bool:
     """Whether the best step of a training, in some fold, was the last; a published recipe always ends there."""
     best, steps = _each(chosen, "best_step"), _each(chosen, "steps")
-    steps = steps * len(best) if len(steps) == 1 else steps
+    folds = max(len(best), len(steps))
+    best, steps = (each * folds if len(each) == 1 else each for each in (best, steps))
     return chosen.get("recipe") == "converged" and any(b == s for b, s in zip(best, steps, strict=True))
 
 

@@ -87,7 +87,7 @@ def finetune(
         size = min(batch or plan.batch, len(pictures))
         planned = plan.steps(len(pictures), size, steps)
         best_step = _fit(tuning, plan, pictures, rows, size, planned, frozen, generator)
-        outcome, _ = predict(tuning, Pictures(task, rows.test), "test")
+        outcome, _ = predict(tuning, Pictures(task, rows.test, keep=False), "test")
     chosen = {"recipe": plan.name, "best_lr": plan.rates[0], "best_batch_size": size, "steps": planned, "best_step": best_step,
               "frozen": frozen, "precision": precision, "normalisation": tuning.prepare.feed.normalisation,
               "absent_bands": list(tuning.prepare.feed.absent)}  # fmt: skip

@@ -14,10 +14,11 @@ import numpy as np
 
 from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.evaluate.datasets.task import Goal, Task
-from mmearth_ray.evaluate.protocols.metrics import Outcome
+from mmearth_ray.evaluate.protocols.metrics import Outcome, confusion_of
 from mmearth_ray.evaluate.protocols.splits import Round
 
 NEIGHBOURS = 5
+CONSTANT = 1e-6  # a feature that varies less than this share of its mean is constant to the precision of float32
 
 Predict: TypeAlias = Callable[[np.ndarray], np.ndarray]
 
@@ -131,3 +132,30 @@ def require(X: np.ndarray, y: np.ndarray, split: str) -> None:
     if not len(X):
         raise DataError(f"the {split} split has no image with a label; an evaluation needs at least one")
     require_finite(X, split)
+
+
+class Standardised:
+    """Features less the mean, over the standard deviation, of training samples; a constant feature is centred only."""
+
+    def __init__(self, X_train: np.ndarray) -> None:
+        self.mean_D = X_train.mean(axis=0, dtype=np.float64)
+        std_D = X_train.std(axis=0, dtype=np.float64)
+        self.std_D = np.where(std_D > CONSTANT * np.abs(self.mean_D), std_D, 1.0)
+
+    def __call__(self, X: np.ndarray) -> np.ndarray:
+        """float64 (n, D)."""
+        return (X - self.mean_D) / self.std_D
+
+
+def score(goal: Goal, classes: int, truth: np.ndarray, prediction: np.ndarray) -> float:
+    """What settings are chosen by: the primary metric, or minus the squared error of REGRESSION (which orders alike, and is
+    defined for any truth); minus infinity where it is undefined."""
+    if goal is Goal.REGRESSION:
+        return -float(np.mean((truth - prediction) ** 2))
+    ids = np.arange(len(truth)).astype(object)
+    if goal is Goal.SEGMENTATION:
+        outcome = Outcome(goal, classes, ids[:1], confusion=confusion_of(truth, prediction, classes)[None])
+    else:
+        outcome = Outcome(goal, classes, ids, truth, prediction)
+    value = outcome.primary()
+    return value if np.isfinite(value) else -np.inf

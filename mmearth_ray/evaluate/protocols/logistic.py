@@ -10,18 +10,16 @@ from typing import Any, TypeAlias
 import numpy as np
 
 from mmearth_ray.evaluate.datasets.task import Goal
-from mmearth_ray.evaluate.protocols.frozen import Answer, Fitted, Predict, require, require_finite
-from mmearth_ray.evaluate.protocols.metrics import Outcome, confusion_of
+from mmearth_ray.evaluate.protocols.frozen import Answer, Fitted, Predict, Standardised, require, require_finite, score
 
 C_START, C_STOP, C_COUNT = -4, 4, 9
-"""log10 of the inverse strengths of regularisation that are tried (torchgeo-bench sweeps from -6 to 4), and how many."""
+"""log10 of the inverse strengths of regularisation that are tried (torchgeo-bench: from -6 to 4), and how many at most."""
 PATIENCE = 3
 """Strengths in a row that are worse than the best so far and end the sweep: the weakest take most of its time."""
 ALPHA_START, ALPHA_STOP, ALPHA_COUNT = -4, 6, 11
 """log10 of ridge's penalties: features are standardised, so that a penalty of n halves the weight of a lone feature."""
 ITERATIONS = 1000
 TOLERANCE = 1e-6  # of the mean loss's gradient; with scikit-learn's 1e-4 a weak C would end where a stronger one began
-CONSTANT = 1e-6  # a feature that varies less than this share of its mean is constant to the precision of float32
 
 Weights: TypeAlias = tuple[np.ndarray, np.ndarray, bool]
 """(K, D), (K,), and whether the fit converged."""
@@ -47,10 +45,10 @@ def fit_logistic(
 ) -> Fitted:
     """Logistic regression on features standardised by the training samples; C is the best on validation, of equals the least.
 
-    Best by the primary metric, of those before `PATIENCE` worse ones in a row.  MULTI: one against the rest, one C for all; a
-    class without positives has probability 0, one without negatives 1.  Of one class alone, that class is predicted.
-    REGRESSION: ridge, whose penalty is chosen by squared error, of equals the largest.  Raises DataError for features that are
-    not finite, and without training or validation.
+    Best by the primary metric, of those tried until `PATIENCE` in a row were worse than the best.  MULTI: one against the
+    rest, one C for all; a class without positives has probability 0, one without negatives 1.  Of one class alone, that class
+    is predicted.  REGRESSION: ridge, whose penalty is chosen by squared error, of equals the largest.  Raises DataError for
+    features that are not finite, and without training or validation.
     """
     require(X_train, y_train, "train")
     require(X_valid, y_valid, "valid")
@@ -63,33 +61,6 @@ def fit_logistic(
     else:
         best, chosen = _multinomial(X, y_train, V, y_valid, goal, classes)
     return Fitted(lambda Z: best(scaler(Z)) if len(Z) else y_train[:0], chosen)
-
-
-class Standardised:
-    """Features less the mean, over the standard deviation, of training samples; a constant feature is centred only."""
-
-    def __init__(self, X_train: np.ndarray) -> None:
-        self.mean_D = X_train.mean(axis=0, dtype=np.float64)
-        std_D = X_train.std(axis=0, dtype=np.float64)
-        self.std_D = np.where(std_D > CONSTANT * np.abs(self.mean_D), std_D, 1.0)
-
-    def __call__(self, X: np.ndarray) -> np.ndarray:
-        """float64 (n, D)."""
-        return (X - self.mean_D) / self.std_D
-
-
-def score(goal: Goal, classes: int, truth: np.ndarray, prediction: np.ndarray) -> float:
-    """What settings are chosen by: the primary metric, or minus the squared error of REGRESSION (which orders alike, and is
-    defined for any truth); minus infinity where it is undefined."""
-    if goal is Goal.REGRESSION:
-        return -float(np.mean((truth - prediction) ** 2))
-    ids = np.arange(len(truth)).astype(object)
-    if goal is Goal.SEGMENTATION:
-        outcome = Outcome(goal, classes, ids[:1], confusion=confusion_of(truth, prediction, classes)[None])
-    else:
-        outcome = Outcome(goal, classes, ids, truth, prediction)
-    value = outcome.primary()
-    return value if np.isfinite(value) else -np.inf
 
 
 def _multinomial(

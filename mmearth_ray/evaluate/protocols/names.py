@@ -17,7 +17,7 @@ NORMALISATIONS = ("dataset", "pretraining")
 """Those of `feeding`, told here for the same reason."""
 
 PRECISIONS = ("fp32", "bf16")
-"""Of encoders that are trained themselves."""
+"""Of what is trained on images (TRAINED); features, and what is fitted to them, stay float32."""
 
 MEANING = {
     "knn": "k nearest neighbours", "logistic": "logistic regression", "probe": "linear probe",

@@ -1,4 +1,4 @@
-"""Images and labels of some rows of a data set for a training: in memory where they fit, turned at random.
+"""Images and labels of some rows of a data set: in memory where they are needed again and fit; turned at random.
 
 Shapes: b images of a batch, C bands, H x W pixels.
 """
@@ -9,18 +9,21 @@ import torch
 from mmearth_ray.evaluate.datasets.task import Goal, Task
 
 MOST_BYTES = 2 * 1024**3
-"""Images of more bytes are read from disk for every batch."""
+"""Images of a split of more bytes are read from disk for every batch."""
 BLOCK = 256  # images read at a time
 
 
 class Pictures:
-    """Stored values and labels of rows of a data set, by their places among the rows."""
+    """Stored values and labels of rows of a data set, by their places among the rows.
 
-    def __init__(self, task: Task, rows: np.ndarray) -> None:
+    Labels are held, images only if `keep`: without it, each time that they are asked for they are read.
+    """
+
+    def __init__(self, task: Task, rows: np.ndarray, *, keep: bool = True) -> None:
         self.task, self.rows, info = task, np.asarray(rows), task.info
         size = len(rows) * len(info.bands) * info.height * info.width * np.dtype(info.dtype).itemsize
         self.images: np.ndarray | None = None
-        if size <= MOST_BYTES:
+        if keep and size <= MOST_BYTES:
             self.images = np.empty((len(rows), len(info.bands), info.height, info.width), info.dtype)
             for start in range(0, len(rows), BLOCK):
                 self.images[start : start + BLOCK] = task.images(rows[start : start + BLOCK])

@@ -14,8 +14,7 @@ from torch import Tensor, nn
 
 from mmearth_ray.errors import DataError
 from mmearth_ray.evaluate.datasets.task import Goal
-from mmearth_ray.evaluate.protocols.frozen import Fitted, require_finite
-from mmearth_ray.evaluate.protocols.logistic import Standardised, score
+from mmearth_ray.evaluate.protocols.frozen import Fitted, Standardised, require_finite, score
 from mmearth_ray.evaluate.protocols.recipes import Recipe, probe_recipe
 from mmearth_ray.evaluate.protocols.targets import Target, target_of
 from mmearth_ray.evaluate.protocols.training import Best, DivergedError, Score, decayed, train

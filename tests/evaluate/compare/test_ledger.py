@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from mmearth_ray.errors import DataError, UsageError
-from mmearth_ray.evaluate.compare.ledger import Ledger
+from mmearth_ray.evaluate.compare.ledger import FORM, Ledger
 
 LEDGER = Ledger(
     fixed={"dataset": "tiny", "recipe": "converged", "steps": None},
@@ -47,7 +47,7 @@ def test_what_differs_is_refused_by_name(tmp_path: Path, changed: Ledger, said: 
     assert (tmp_path / "run.json").read_text() == before
 
 
-@pytest.mark.parametrize("content", ["{", "[]", '{"form": 99}', "{}", '{"form": 1}'])
+@pytest.mark.parametrize("content", ["{", "[]", '{"form": 99}', "{}", f'{{"form": {FORM}}}'])
 def test_a_file_of_another_kind_is_not_overwritten(tmp_path: Path, content: str) -> None:
     (tmp_path / "run.json").write_text(content)
     with pytest.raises(DataError, match="name another folder as out="):

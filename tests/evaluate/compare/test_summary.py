@@ -141,9 +141,11 @@ def test_tables_and_sentences_name_failures_and_differences() -> None:
         ({"recipe": "converged", "best_step": 100, "steps": 100}, "1 of 1 points were best on validation at the last step"),
         ({"recipe": "converged", "best_step": [40, 100], "steps": 100}, "1 of 1 points were best"),
         ({"recipe": "converged", "best_step": [40, 100], "steps": [100, 120]}, ""),
+        ({"recipe": "converged", "best_step": 120, "steps": [500, 120]}, "1 of 1 points were best"),
         ({"recipe": "published", "best_step": 100, "steps": 100}, ""),
         ({"best_c": 1.0, "converged": True}, ""),
         ({"best_c": 1.0, "converged": [True, False]}, "1 of 1 points have a fit that ended before it converged"),
+        ({"best_c": 1.0, "converged": [True, None]}, ""),
         ({"k": 5}, ""),
     ],
 )

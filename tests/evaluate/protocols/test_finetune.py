@@ -11,7 +11,7 @@ from tiny_task import tiny_task
 from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.evaluate.datasets.task import Goal, Task
 from mmearth_ray.evaluate.features.encoders import Structure, build, open_subject, random_twin
-from mmearth_ray.evaluate.protocols.finetune import _fit, _tuning, finetune
+from mmearth_ray.evaluate.protocols.finetune import Tuning, _fit, _tuning, finetune
 from mmearth_ray.evaluate.protocols.pictures import Pictures
 from mmearth_ray.evaluate.protocols.recipes import tuning_recipe
 from mmearth_ray.evaluate.protocols.splits import Round, rounds, subset
@@ -42,17 +42,37 @@ def test_in_bf16_it_learns_as_well_and_its_numbers_are_others(tmp_path: Path, go
     found = {p: finetune(SUBJECT, task, rounds(task)[0], steps=25, batch=8, precision=p) for p in ("fp32", "bf16")}
     assert all(outcome.primary() > 0.5 for outcome, _ in found.values())
     assert {p: chosen["precision"] for p, (_, chosen) in found.items()} == {p: p for p in found}
-    tuned = {p: weights_after(task, p) for p in found}
-    assert all(weight.dtype == torch.float32 for weight in tuned["bf16"].values())
-    assert not all(torch.equal(weight, tuned["bf16"][name]) for name, weight in tuned["fp32"].items())
+    assert not np.array_equal(*(made(task, p)[1] for p in found))
 
 
-def weights_after(task: Task, precision: str) -> dict[str, torch.Tensor]:
+@pytest.mark.parametrize(("precision", "inside"), [("fp32", torch.float32), ("bf16", torch.bfloat16)])
+def test_only_what_is_multiplied_is_of_the_precision(tmp_path: Path, precision: str, inside: torch.dtype) -> None:
+    tuning, outputs = made(tiny_task(tmp_path / "task", size=8), precision)
+    assert outputs.dtype == np.float32
+    assert all(weight.dtype == torch.float32 for weight in tuning.model.parameters())
+    head, seen = next(m for m in tuning.model.modules() if isinstance(m, torch.nn.Linear)), []
+    head.register_forward_hook(lambda module, given, made: seen.append(made.dtype))
+    tuning.outputs(tuning.task.images(np.arange(2)))
+    assert seen == [inside]
+
+
+def made(task: Task, precision: str) -> tuple[Tuning, np.ndarray]:
+    """A model after a few steps of training, and what it says of two images."""
     rows, plan = few(task), tuning_recipe("converged", task.info.goal)
     pictures, generator = Pictures(task, rows.train), torch.Generator().manual_seed(0)
     tuning = _tuning(SUBJECT, task, pictures.labels, "dataset", plan, False, generator, "cpu", precision)
     _fit(tuning, plan, pictures, rows, 8, 2, False, generator)
-    return tuning.model.state_dict()
+    with torch.no_grad():
+        return tuning, tuning.outputs(task.images(np.arange(2))).numpy()
+
+
+def test_images_are_read_once_however_often_validation_is_looked_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    task, read, asked = tiny_task(tmp_path / "task", images=30, size=8), Task.images, []
+    monkeypatch.setattr(Task, "images", lambda self, rows: asked.extend(np.asarray(rows).tolist()) or read(self, rows))
+    (rows,) = rounds(task)
+    _, chosen = finetune(SUBJECT, task, rows, steps=6)
+    assert chosen["steps"] == 6  # each with a look at validation
+    assert sorted(asked) == sorted([*rows.train.tolist(), *rows.valid.tolist(), *rows.test.tolist()])
 
 
 @pytest.mark.parametrize("size", [16, 13])

@@ -10,7 +10,7 @@ from tiny_task import tiny_task
 
 from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.evaluate.datasets.task import Goal
-from mmearth_ray.evaluate.protocols.frozen import Fit, fit_knn, knn, require_finite, run_frozen
+from mmearth_ray.evaluate.protocols.frozen import Fit, fit_knn, knn, require_finite, run_frozen, score
 from mmearth_ray.evaluate.protocols.logistic import fit_logistic, logistic
 from mmearth_ray.evaluate.protocols.splits import rounds, subset
 
@@ -99,3 +99,10 @@ def test_maps_are_not_one_feature_per_image(tmp_path: Path) -> None:
     task = tiny_task(tmp_path / "task", Goal.SEGMENTATION, images=10)
     with pytest.raises(UsageError, match="per cell"):
         run_frozen(partial(fit_knn, goal=task.info.goal, classes=K), np.zeros((10, 2)), task, rounds(task)[0])
+
+
+def test_choosing_prefers_what_is_defined() -> None:
+    nothing = np.zeros((3, 2))
+    assert score(Goal.MULTI, 2, nothing, nothing) == -np.inf
+    assert score(Goal.REGRESSION, 1, np.ones(2), np.zeros(2)) == -1
+    assert score(Goal.SEGMENTATION, 2, np.array([0, 1, 1]), np.array([0, 1, 0])) == pytest.approx(0.5)

@@ -7,7 +7,7 @@ from sklearn.preprocessing import StandardScaler
 from tiny_features import K, samples
 
 from mmearth_ray.evaluate.datasets.task import Goal
-from mmearth_ray.evaluate.protocols.logistic import PATIENCE, _best_strength, logistic, score, sigmoid
+from mmearth_ray.evaluate.protocols.logistic import PATIENCE, _best_strength, logistic, sigmoid
 
 
 def test_logistic_chooses_the_smallest_of_the_best_c_and_is_scikit_learns() -> None:
@@ -75,13 +75,6 @@ def test_ridge_finds_a_line_and_survives_a_single_image() -> None:
     assert logistic(X[:1], y[:1], V, yv, Z, Goal.REGRESSION, 1).prediction == pytest.approx(y[0])
     noise = np.random.default_rng(0).normal(size=X.shape)
     assert logistic(noise, y, noise[:40], yv, noise, Goal.REGRESSION, 1).chosen["best_alpha"] >= 100
-
-
-def test_choosing_prefers_what_is_defined() -> None:
-    nothing = np.zeros((3, 2))
-    assert score(Goal.MULTI, 2, nothing, nothing) == -np.inf
-    assert score(Goal.REGRESSION, 1, np.ones(2), np.zeros(2)) == -1
-    assert score(Goal.SEGMENTATION, 2, np.array([0, 1, 1]), np.array([0, 1, 0])) == pytest.approx(0.5)
 
 
 def test_sigmoid_is_exact_for_any_logit() -> None:
