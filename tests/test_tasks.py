@@ -21,8 +21,12 @@ def started() -> Any:
     ray.shutdown()
 
 
+def squared(job: Any) -> Any:
+    return job * job
+
+
 def test_every_job_comes_once_with_its_own_result() -> None:
-    task = ray.remote(num_cpus=0.1)(lambda job: job * job)
+    task: Any = ray.remote(num_cpus=0.1)(squared)
     found = dict(in_turn(range(9), lambda job: task.remote(job), ray.get, lambda: 3))
     assert found == {job: job * job for job in range(9)}
     assert not list(in_turn([], lambda job: task.remote(job), ray.get, lambda: 3))

@@ -160,9 +160,13 @@ def _run(
     join_or_start(workers)
     task = ray.remote(num_cpus=1, max_retries=3)(_write)
     held = ray.put(source)
-    start = lambda job: task.remote(out, job[0], held, *job[1], tile_size, compression)  # noqa: E731
+
+    def submit(job: tuple[int, tuple[int, int]]) -> Any:
+        index, (first, last) = job
+        return task.remote(out, index, held, first, last, tile_size, compression)
+
     result = partial(result_of, doing="wrote a shard", kept="shards")
-    for (index, _), record in in_turn(jobs.items(), start, result, lambda: 2 * workers):
+    for (index, _), record in in_turn(jobs.items(), submit, result, lambda: 2 * workers):
         yield index, record
 
 
