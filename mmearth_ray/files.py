@@ -4,6 +4,7 @@ What has to do with local files only imports no package for object stores.
 """
 
 import errno
+import fcntl
 import os
 import shutil
 from collections.abc import Iterator
@@ -11,7 +12,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from mmearth_ray.errors import DataError
+from mmearth_ray.errors import DataError, UsageError
 
 if TYPE_CHECKING:
     from upath import UPath
@@ -102,3 +103,22 @@ def atomic_text(path: "Location", text: str) -> None:
     """Write a text file that is either complete or absent.  Raises DataError if the disk or the store does not take it."""
     with complete_or_absent(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def locked(folder: Path, does: str, key: str) -> Iterator[None]:
+    """Hold a folder for this command alone; `does` and `key` tell another one what goes on there and which setting names it.
+
+    Raises DataError if it cannot be made, UsageError if another command holds it.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        file = (folder / ".lock").open("w")
+    except OSError as error:
+        raise DataError(write_failure(folder, error)) from error
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UsageError(f"another command {does} {folder}; wait for it, or use another {key}") from error
+        yield

@@ -4,11 +4,9 @@ Reads the settings, resolves them against the data set, checks that a run direct
 same run, and hands the experiment to the workers.  Running the same command again resumes.
 """
 
-import fcntl
 import json
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +15,7 @@ from mmearth_ray import settings
 from mmearth_ray.config import sizes_of, worker_counts
 from mmearth_ray.errors import DataError, UsageError, run_command
 from mmearth_ray.experiment import Experiment, check_resume, open_experiment, versions
-from mmearth_ray.files import atomic_text, write_failure
+from mmearth_ray.files import atomic_text, locked
 from mmearth_ray.keys import EMBEDDED, Config
 from mmearth_ray.patience import take_noted
 from mmearth_ray.progress import counted
@@ -64,7 +62,7 @@ def main(arguments: list[str]) -> int:
             return 0
     else:
         check_initial(experiment)
-    with locked(experiment.run):
+    with locked(experiment.run, "is training in", "run.directory"):
         evaluated = check_evaluation(experiment)
         from mmearth_ray.train.launch import launch, start_ray  # Ray takes seconds to import; errors above need not wait
 
@@ -121,22 +119,6 @@ def check_hang_timeout(config: Config, shards: list[Location]) -> None:
     if remote and config.train.hang_timeout < STORE_SECONDS:
         raise UsageError(f"train.hang_timeout={config.train.hang_timeout:g}: workers may wait longer for {remote}; use at "
                          f"least {STORE_SECONDS:g}, or a local directory")  # fmt: skip
-
-
-@contextmanager
-def locked(run: Path) -> Iterator[None]:
-    """Hold the run directory for this command alone.  Raises DataError if it cannot be made, UsageError if another holds it."""
-    try:
-        run.mkdir(parents=True, exist_ok=True)
-        file = (run / ".lock").open("w")
-    except OSError as error:
-        raise DataError(write_failure(run, error)) from error
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UsageError(f"another command is training in {run}; wait for it, or use another run.directory") from error
-        yield
 
 
 def shards_of(config: Config) -> list[Location]:

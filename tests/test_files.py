@@ -3,12 +3,13 @@
 import errno
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
-from mmearth_ray.errors import DataError
-from mmearth_ray.files import atomic_text, complete_or_absent_folder, write_failure
+from mmearth_ray.errors import DataError, UsageError
+from mmearth_ray.files import atomic_text, complete_or_absent_folder, locked, write_failure
 
 
 def _full(*_: object) -> None:
@@ -68,3 +69,20 @@ def test_a_folder_is_replaced_as_a_whole(tmp_path: Path, monkeypatch: pytest.Mon
         _write(folder, 1)
     assert [p.name for p in folder.iterdir()] == ["new"]
     assert [p.name for p in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_is_one_commands_until_that_ends_however_it_does(tmp_path: Path) -> None:
+    folder = tmp_path / "runs" / "first"
+    with suppress(ZeroDivisionError), locked(folder, "is training in", "run.directory"):
+        with pytest.raises(UsageError, match=f"another command is training in {folder}; wait for it, or use another run.direc"):
+            _hold(folder)
+        raise ZeroDivisionError
+    _hold(folder)
+    (tmp_path / "file").touch()
+    with pytest.raises(DataError, match="cannot write"):
+        _hold(tmp_path / "file")
+
+
+def _hold(folder: Path) -> None:
+    with locked(folder, "is training in", "run.directory"):
+        pass

@@ -29,7 +29,7 @@ from mmearth_ray.evaluate.datasets.task import Task
 from mmearth_ray.evaluate.features.feeding import feed_of
 from mmearth_ray.evaluate.protocols.splits import rounds
 from mmearth_ray.experiment import versions
-from mmearth_ray.files import atomic_text
+from mmearth_ray.files import atomic_text, locked
 from mmearth_ray.progress import counted
 from mmearth_ray.report.efficiency import page
 from mmearth_ray.settings import flatten
@@ -57,13 +57,14 @@ def run(options: LabelEfficiencyOptions) -> int:
     growing = {"fractions": options.fractions, "seeds": list(range(options.seeds)), "protocols": options.protocols,
                "baselines": list(dict.fromkeys(c.role for c in contenders if c.role is not Role.ENCODER))}  # fmt: skip
     about = {"command": command, "versions": versions(), "started": datetime.now(UTC).isoformat(timespec="seconds")}
-    Ledger(fixed=fixed, growing=growing, encoders=encoders_of(subjects)).keep(out, about)
-    store = Store(out)
-    failed = complete([entry.point for entry in planned], task, store, room, say)
     settings = {name: [shown(value)] for name, value in flatten(options).items()}
     circumstances = Circumstances(command=command, settings=settings, versions=versions(), normalisation=options.normalisation,
                                   supervised=any(c.role is Role.SUPERVISED for c in contenders))  # fmt: skip
-    report = write_results(planned, task, store, out, circumstances)
+    store = Store(out)
+    with locked(out, "is comparing encoders in", "out"):
+        Ledger(fixed=fixed, growing=growing, encoders=encoders_of(subjects)).keep(out, about)
+        failed = complete([entry.point for entry in planned], task, store, room, say)
+        report = write_results(planned, task, store, out, circumstances)
     print(f"report written to {report}")
     if failed:
         raise DataError(f"{failed} of {counted(len(planned), 'point')} failed, see {report}; the same command tries them again")

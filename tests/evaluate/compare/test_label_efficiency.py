@@ -19,6 +19,7 @@ from mmearth_ray.errors import DataError, UsageError
 from mmearth_ray.evaluate.__main__ import main
 from mmearth_ray.evaluate.compare import comparison
 from mmearth_ray.evaluate.compare.score import Work, score_point
+from mmearth_ray.files import locked
 from mmearth_ray.report import efficiency
 
 KEYS = ["label-efficiency", "encoders=[random:atto/16/9]", "names=[ours]", "protocols=[knn,logistic]", "fractions=[0.5,1.0]",
@@ -135,6 +136,17 @@ def test_another_data_set_in_the_same_folder_is_refused(root: Path) -> None:
     tiny_task(root / "task", images=30, size=16, classes=3, seed=1)
     with pytest.raises(UsageError, match="dataset=tiny-single-label"):
         main(command(root))
+
+
+def test_two_commands_do_not_compute_in_one_folder(made: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, computed = times(made), counting(monkeypatch)
+    with (
+        locked(made / "out", "is comparing encoders in", "out"),
+        pytest.raises(UsageError, match="another command is comparing"),
+    ):
+        main(command(made, "fractions=[0.2,0.5,1.0]"))
+    assert computed == []
+    assert times(made) == before
 
 
 @pytest.mark.parametrize(
