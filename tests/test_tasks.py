@@ -53,12 +53,12 @@ def test_no_more_are_handed_over_than_there_is_room_for_when_asked(room: list[in
 
 
 def slow(folder: Path, job: str) -> None:
-    (folder / f"{job}.begun").touch()
     if job == "bad":
         while not (folder / "slow.begun").exists():
             time.sleep(0.01)
         raise DataError("tile 7 is damaged")
     try:
+        (folder / f"{job}.begun").touch()
         while True:  # Ray interrupts between two steps of Python
             time.sleep(0.02)
     finally:
