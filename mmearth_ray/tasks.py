@@ -27,6 +27,7 @@ def in_turn(
 
     `start` hands a job to Ray.  `at_once` says how many may be there, and is asked again before each, as clusters grow.  What
     still runs when an error or the caller ends this is cancelled and has time to end, or with `kill` its process ends at once.
+    Ray cancels by SIGINT, which a background job of a shell ignores: its tasks end by themselves, or with Ray.
     """
     waiting, running = deque(jobs), {}
     try:

@@ -1,6 +1,7 @@
 """Ray tasks come back each with its own result, no more at once than asked for, and none outlives an error."""
 
 import os
+import signal
 import time
 from pathlib import Path
 from typing import Any
@@ -57,6 +58,7 @@ def slow(folder: Path, job: str) -> None:
         while not (folder / "slow.begun").exists():
             time.sleep(0.01)
         raise DataError("tile 7 is damaged")
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # by which Ray cancels; a shell's background jobs ignore it
     try:
         (folder / f"{job}.begun").touch()
         while True:  # Ray interrupts between two steps of Python
