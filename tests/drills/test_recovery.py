@@ -76,6 +76,7 @@ def data_tasks_of(pid: int, *titles: str) -> list[int]:
     return [child for child in descendants(pid) if title_of(child).startswith(titles)]
 
 
+@pytest.mark.long
 def test_a_worker_that_is_told_to_end_and_killed_data_tasks_change_nothing(
     shards: Path, undisturbed: Path, tmp_path: Path
 ) -> None:
