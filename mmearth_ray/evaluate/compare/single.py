@@ -88,7 +88,7 @@ def _rows(cell: Cell) -> list[list[str]]:
         values = [value for result in results if (value := result.metrics[name]) is not None]
         mean = f"{sum(values) / len(values):.4f}" if values else "undefined"
         low, high = (cell.estimate.low, cell.estimate.high) if place == 0 and cell.estimate else (None, None)
-        chosen = ", ".join(f"{k} {_short(v)}" for k, v in first.chosen.items()) if place == 0 else ""
+        chosen = ", ".join(f"{k} {_short(v)}" for k, v in first.chosen.items() if v != []) if place == 0 else ""
         rows.append([
             cell.protocol, name, mean, "" if low is None else f"{low:.4f}", "" if high is None else f"{high:.4f}",
             str(len(results)), str(first.n_train), str(first.n_valid), str(first.n_test), chosen,
