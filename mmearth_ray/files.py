@@ -19,6 +19,9 @@ if TYPE_CHECKING:
 
     from mmearth_ray.storage import Location
 
+LOCKLESS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
+"""What flock says on a disk that has no locks (man 2 flock)."""
+
 
 @contextmanager
 def complete_or_absent(path: "Location") -> Iterator[Path]:
@@ -109,7 +112,8 @@ def atomic_text(path: "Location", text: str) -> None:
 def locked(folder: Path, does: str, key: str) -> Iterator[None]:
     """Hold a folder for this command alone; `does` and `key` tell another one what goes on there and which setting names it.
 
-    Raises DataError if it cannot be made, UsageError if another command holds it.
+    Raises DataError if it cannot be made, UsageError if another command holds it.  A disk without locks, as some network
+    disks are, lets both go on.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -121,4 +125,7 @@ def locked(folder: Path, does: str, key: str) -> Iterator[None]:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             raise UsageError(f"another command {does} {folder}; wait for it, or use another {key}") from error
+        except OSError as error:
+            if error.errno not in LOCKLESS:
+                raise DataError(write_failure(folder, error)) from error
         yield

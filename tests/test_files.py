@@ -1,6 +1,7 @@
 """Files and folders appear complete or not at all, and failures say what to do."""
 
 import errno
+import fcntl
 import os
 from collections.abc import Callable
 from contextlib import suppress
@@ -81,6 +82,21 @@ def test_a_folder_is_one_commands_until_that_ends_however_it_does(tmp_path: Path
     (tmp_path / "file").touch()
     with pytest.raises(DataError, match="cannot write"):
         _hold(tmp_path / "file")
+
+
+@pytest.mark.parametrize(("number", "goes_on"), [(errno.ENOLCK, True), (errno.EOPNOTSUPP, True), (errno.EIO, False)])
+def test_a_disk_without_locks_is_used_all_the_same(
+    number: int, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fails(*_: object) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", fails)
+    if goes_on:
+        _hold(tmp_path)
+    else:
+        with pytest.raises(DataError, match="cannot write"):
+            _hold(tmp_path)
 
 
 def _hold(folder: Path) -> None:

@@ -16,7 +16,7 @@ BLOCK = 256  # images read at a time
 class Pictures:
     """Stored values and labels of rows of a data set, by their places among the rows.
 
-    Labels are held, images only if `keep`: without it, each time that they are asked for they are read.
+    Without `keep` nothing is held: images and labels are read each time that they are asked for.
     """
 
     def __init__(self, task: Task, rows: np.ndarray, *, keep: bool = True) -> None:
@@ -27,7 +27,12 @@ class Pictures:
             self.images = np.empty((len(rows), len(info.bands), info.height, info.width), info.dtype)
             for start in range(0, len(rows), BLOCK):
                 self.images[start : start + BLOCK] = task.images(rows[start : start + BLOCK])
-        self.labels = task.labels(rows)
+        self._labels = task.labels(rows) if keep else None
+
+    @property
+    def labels(self) -> np.ndarray:
+        """Of all the rows."""
+        return self.task.labels(self.rows) if self._labels is None else self._labels
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -35,7 +40,7 @@ class Pictures:
     def __call__(self, places: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Images (b, C, H, W) and labels (b, ...) at places; copies."""
         images = self.task.images(self.rows[places]) if self.images is None else self.images[places]
-        return images, self.labels[places]
+        return images, self.task.labels(self.rows[places]) if self._labels is None else self._labels[places]
 
 
 def turned(
